@@ -1,0 +1,24 @@
+"""The two-dimensional view that row-wise ops work on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an input of ``dtype`` is computed: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_rows(tensor: torch.Tensor, normalized_ndim: int) -> torch.Tensor:
+    """``tensor`` as (rows, hidden size) in the dtype of computation."""
+    hidden = math.prod(tensor.shape[tensor.dim() - normalized_ndim :])
+    rows = math.prod(tensor.shape[: tensor.dim() - normalized_ndim])
+    return tensor.reshape(rows, hidden).to(accumulate_dtype(tensor.dtype))
+
+
+def as_row(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight or bias as one row, in the dtype of computation."""
+    return parameter.reshape(-1).to(dtype)

@@ -1,0 +1,34 @@
+"""Layouts that the kernels take as they are, and the one explicit copy for those that they do not."""
+
+from __future__ import annotations
+
+import torch
+
+
+def row_regular(tensor: torch.Tensor, normalized_ndim: int) -> torch.Tensor:
+    """``tensor`` itself if it can be seen as (rows, hidden size) with strides (any, 1), else a contiguous copy.
+
+    The kernels take any distance between rows (a slice of a wider tensor, or 0 where the rows are expanded) and need
+    the elements of a row next to each other.
+    """
+    if tensor.is_contiguous() or tensor.numel() == 0 or _is_row_regular(tensor, normalized_ndim):
+        return tensor
+    return tensor.contiguous()
+
+
+def _is_row_regular(tensor: torch.Tensor, normalized_ndim: int) -> bool:
+    shape, strides = tensor.shape, tensor.stride()
+    split = tensor.dim() - normalized_ndim
+    expected = 1
+    for size, stride in zip(reversed(shape[split:]), reversed(strides[split:]), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    row_stride = None
+    for size, stride in zip(reversed(shape[:split]), reversed(strides[:split]), strict=True):
+        if size == 1:
+            continue
+        if row_stride is not None and stride != row_stride:
+            return False
+        row_stride = stride * size
+    return True

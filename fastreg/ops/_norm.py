@@ -1,0 +1,90 @@
+"""What the autograd Functions of the row-wise norms share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def accumulate_dtype(input: torch.Tensor) -> torch.dtype:
+    """The dtype of saved statistics: fp64 for fp64 input, else fp32."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def rows(input: torch.Tensor, normalized_ndim: int) -> int:
+    """The number of rows that a norm over the last ``normalized_ndim`` dimensions has."""
+    return math.prod(input.shape[: input.dim() - normalized_ndim])
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is at work around this call.
+
+    Those need rules for every operator that they meet; the plain PyTorch formula has them all, so it runs instead.
+    """
+    return forward_ad._current_level >= 0 or _transforms_active()
+
+
+def recorded(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records this call."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+def differentiates_backward() -> bool:
+    """Whether the backward that runs now is itself recorded (``create_graph=True`` or a transform of ``torch.func``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without the argument binding that ``Function.apply`` adds for Functions with setup_context.
+
+    That binding inspects a signature on every call and costs more than everything else together (16 of 23 us measured
+    on a CPU). It serves transforms of ``torch.func`` and tracing; the caller takes neither here.
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def contiguous(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight or bias with its elements next to each other, which nearly every one has already."""
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
+def fake_gradient(like: torch.Tensor | None, input: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """The fake of a gradient: shaped as its tensor where it is wanted, else empty."""
+    if like is None:
+        return input.new_empty(0)
+    return like.new_empty(like.shape if wanted else (0,))
+
+
+def only_wanted(gradients: Sequence[torch.Tensor], mask: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
+    """None in place of each gradient that was not asked for, as autograd expects."""
+    return tuple(
+        gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True)
+    )
+
+
+def autocast_to_float32(op: str, input: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ...]:
+    """The arguments as torch's CUDA autocast would pass them on: in fp32, for the ops on its fp32 list.
+
+    layer_norm is on the list in every supported release, rms_norm from torch 2.12 on; CPU autocast leaves both alone.
+    """
+    tensors = (input, *parameters)
+    if not (input.is_cuda and torch.is_autocast_enabled("cuda") and op in _CUDA_FLOAT32_OPS):
+        return tensors
+    return tuple(
+        tensor.float() if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        for tensor in tensors
+    )
+
+
+_TORCH_RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_CUDA_FLOAT32_OPS = ("layer_norm", "rms_norm") if _TORCH_RELEASE >= (2, 12) else ("layer_norm",)
