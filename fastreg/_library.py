@@ -52,7 +52,9 @@ class Operator:
         """The call as it would be with ``request`` asked for: a backward runs where its forward ran."""
         if request == backends.requested() or torch.compiler.is_compiling():
             return self(tensor, *arguments)
-        implementation = backends.implementation(backends.pick_as(request, self.op, tensor), self.op, self.name)
+        implementation = backends.implementation(
+            backends.pick_as(request, self.op, tensor), self.op, self.name
+        )
         return implementation(tensor, *arguments)
 
 

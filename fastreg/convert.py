@@ -55,8 +55,9 @@ class Report:
             counts.setdefault((item.before, item.after), []).append(item.name or "(the model itself)")
         for (before, after), names in counts.items():
             lines.append(f"  {len(names):4d} x {before} -> {after}: {_shorten(names)}")
-        for kept in self.kept:
-            lines.append(f"  kept {kept.name or '(the model itself)'} ({kept.kind}): {kept.reason}")
+        lines.extend(
+            f"  kept {kept.name or '(the model itself)'} ({kept.kind}): {kept.reason}" for kept in self.kept
+        )
         return "\n".join(lines)
 
 

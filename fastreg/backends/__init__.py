@@ -157,7 +157,9 @@ def implementation(name: str, op: str, operator: str) -> Callable[..., Any]:
     return found
 
 
-def available(device_type: str = "cpu", dtype: torch.dtype = torch.float32, op: str = "layer_norm") -> tuple[str, ...]:
+def available(
+    device_type: str = "cpu", dtype: torch.dtype = torch.float32, op: str = "layer_norm"
+) -> tuple[str, ...]:
     """The names of the backends that can serve ``op`` for this device and dtype, best first."""
     order = _order(device_type)
     order += tuple(name for name in NAMES if name not in order)
@@ -165,7 +167,11 @@ def available(device_type: str = "cpu", dtype: torch.dtype = torch.float32, op: 
 
 
 def explain(
-    op: str = "layer_norm", tensor: torch.Tensor | None = None, *, device_type: str = "cpu", dtype: torch.dtype | None = None
+    op: str = "layer_norm",
+    tensor: torch.Tensor | None = None,
+    *,
+    device_type: str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> str:
     """What would run ``op`` for a tensor (or for a device and dtype), and why: one line a backend."""
     if tensor is not None:
@@ -173,12 +179,16 @@ def explain(
     dtype = dtype or torch.float32
     try:
         chosen: str | None = _decide(_requested, op, device_type, dtype)
-        reason = f"asked for by name ({_requested})" if _requested else f"first choice available on {device_type}"
+        reason = (
+            f"asked for by name ({_requested})" if _requested else f"first choice available on {device_type}"
+        )
         lines = [f"{op} on {device_type} {dtype}: {chosen} ({reason})"]
     except BackendUnavailable as error:
         chosen = None
         lines = [f"{op} on {device_type} {dtype}: none ({error})"]
     for name in _names():
         why = unavailable(name, op, device_type, dtype)
-        lines.append(f"  {name}: {'available' if why is None else why}{' (chosen)' if name == chosen else ''}")
+        lines.append(
+            f"  {name}: {'available' if why is None else why}{' (chosen)' if name == chosen else ''}"
+        )
     return "\n".join(lines)

@@ -20,8 +20,8 @@ def unavailable(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot serve this device and dtype, with the remedy; None where they can."""
     if device_type not in _DTYPES:
         return f"the native backend serves cpu and cuda tensors, not {device_type}"
-    if not _native.loaded(device_type):  # type: ignore[arg-type]
-        return _native.reason(device_type)  # type: ignore[arg-type]
+    if not _native.loaded(device_type):
+        return _native.reason(device_type)
     if dtype not in _DTYPES[device_type]:
         return f"the native {device_type} kernels do not serve {dtype}; the reference backend does"
     return None

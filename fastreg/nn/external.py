@@ -1,8 +1,8 @@
 """Layers of torchvision and timm with fastreg's kernels inside.
 
 Neither library is a dependency, so these classes are made on first use: ``fastreg.nn.external.<name>`` imports the
-library's own class and derives one from it whose ``forward`` calls fastreg. Being attributes of this module, the classes
-pickle; being subclasses, ``isinstance`` and state dicts keep working.
+library's own class and derives one from it whose ``forward`` calls fastreg. Being attributes of this module, the
+classes pickle; being subclasses, ``isinstance`` and state dicts keep working.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def __getattr__(name: str) -> Any:
     path, forward = _LAYERS[name]
     module, _, attribute = path.rpartition(".")
     base = getattr(importlib.import_module(module), attribute)
-    layer = type(name, (base,), {"__module__": __name__, "__doc__": f"``{path}`` with fastreg's kernels.", "forward": forward})
+    documentation = f"``{path}`` with fastreg's kernels."
+    layer = type(name, (base,), {"__module__": __name__, "__doc__": documentation, "forward": forward})
     globals()[name] = layer
     return layer

@@ -10,20 +10,21 @@ _LOW = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FULL = frozenset((torch.float64,))
 
 # The dtypes a parameter may have, for each dtype of the input.
-PARAMETER_DTYPES = {dtype: _LOW for dtype in _LOW} | {torch.float64: _FULL}
+PARAMETER_DTYPES = dict.fromkeys(_LOW, _LOW) | {torch.float64: _FULL}
 
 
 def normalized_ndim(
     op: str,
-    input: torch.Tensor,
+    input: object,
     normalized_shape: Sequence[int],
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: object,
+    bias: object,
+    eps: object,
 ) -> int:
     """Check the arguments of a row-wise norm and return how many trailing dimensions it normalises.
 
     Raises:
-        TypeError: input is not a tensor, or normalized_shape is not a sequence of ints.
+        TypeError: input is not a tensor, normalized_shape not a sequence of ints, or eps not a number.
         ValueError, RuntimeError: the shapes do not fit; the types and texts are torch's.
         NotImplementedError: a dtype that the op does not serve.
         RuntimeError: a parameter of a dtype or on a device that does not go with the input's.
@@ -33,6 +34,11 @@ def normalized_ndim(
     ndim = len(normalized_shape)
     if not isinstance(input, torch.Tensor):
         raise TypeError(f"{op}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
+    if type(eps) is not float and not isinstance(eps, int | float):
+        position = 4 if op == "rms_norm" else 5
+        raise TypeError(
+            f"{op}(): argument 'eps' (position {position}) must be float, not {type(eps).__name__}"
+        )
     shape = input.shape
     if ndim == 0 or shape[-ndim:] != normalized_shape:
         _raise_shape_error(op, shape, normalized_shape)
@@ -51,11 +57,16 @@ def normalized_ndim(
 def _check_parameter(
     op: str,
     name: str,
-    parameter: torch.Tensor,
+    parameter: object,
     input: torch.Tensor,
     normalized_shape: tuple[int, ...],
     allowed: frozenset[torch.dtype],
 ) -> None:
+    if not isinstance(parameter, torch.Tensor):
+        position = 3 if name == "weight" else 4
+        raise TypeError(
+            f"{op}(): argument '{name}' (position {position}) must be Tensor, not {type(parameter).__name__}"
+        )
     if parameter.shape != normalized_shape:
         raise RuntimeError(
             f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape "

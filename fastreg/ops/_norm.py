@@ -40,7 +40,7 @@ def recorded(*tensors: torch.Tensor | None) -> bool:
 
 
 def differentiates_backward() -> bool:
-    """Whether the backward that runs now is itself recorded (``create_graph=True`` or a transform of ``torch.func``)."""
+    """Whether the backward that runs now is itself recorded, as under ``create_graph=True``."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -67,9 +67,7 @@ def fake_gradient(like: torch.Tensor | None, input: torch.Tensor, wanted: bool) 
 
 def only_wanted(gradients: Sequence[torch.Tensor], mask: Sequence[bool]) -> tuple[torch.Tensor | None, ...]:
     """None in place of each gradient that was not asked for, as autograd expects."""
-    return tuple(
-        gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True)
-    )
+    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, mask, strict=True))
 
 
 def autocast_to_float32(op: str, input: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ...]:

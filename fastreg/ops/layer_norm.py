@@ -148,10 +148,10 @@ def layer_norm(
     Reference: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
     if has_torch_function_variadic(input, weight, bias):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             layer_norm, (input, weight, bias), input, normalized_shape, weight=weight, bias=bias, eps=eps
         )
-    ndim = _checks.normalized_ndim("layer_norm", input, normalized_shape, weight, bias)
+    ndim = _checks.normalized_ndim("layer_norm", input, normalized_shape, weight, bias, eps)
     if input.is_cuda:
         input, weight, bias = _norm.autocast_to_float32("layer_norm", input, weight, bias)
     if not input.is_contiguous():
@@ -165,4 +165,4 @@ def layer_norm(
         output, _ = LayerNormFunction.apply(input, ndim, weight, bias, eps)
     else:
         output, _ = _apply(input, ndim, weight, bias, eps)
-    return output  # type: ignore[no-any-return]
+    return output

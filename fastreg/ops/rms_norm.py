@@ -29,7 +29,9 @@ def _fake_bwd(
     weight: torch.Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _norm.fake_gradient(input, input, output_mask[0]), _norm.fake_gradient(weight, input, output_mask[1])
+    return _norm.fake_gradient(input, input, output_mask[0]), _norm.fake_gradient(
+        weight, input, output_mask[1]
+    )
 
 
 rms_norm_fwd = _library.define(
@@ -75,7 +77,9 @@ class RMSNormFunction(torch.autograd.Function):
             results = formula.rms_norm_bwd(grad_output, input, ndim, statistics, weight, mask)
         else:
             grad_output = row_regular(grad_output, ndim)
-            results = rms_norm_bwd.as_requested(ctx.request, grad_output, input, ndim, statistics, weight, mask)
+            results = rms_norm_bwd.as_requested(
+                ctx.request, grad_output, input, ndim, statistics, weight, mask
+            )
         wanted = _norm.only_wanted(results, mask)
         return wanted[0], None, wanted[1], None
 
@@ -113,7 +117,8 @@ def rms_norm(
             computation (1.19e-7, for float64 input 2.2e-16), as torch.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype. Under CUDA autocast with torch 2.12 or later, fp32, as torch.
+        A contiguous tensor of the input's shape and dtype. Under CUDA autocast (torch 2.12 and later),
+        fp32, as torch.
 
     Raises:
         RuntimeError, ValueError: shapes that do not fit (torch's types and texts).
@@ -129,10 +134,12 @@ def rms_norm(
     Reference: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
     if has_torch_function_variadic(input, weight):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
         )
-    ndim = _checks.normalized_ndim("rms_norm", input, normalized_shape, weight, None)
+    ndim = _checks.normalized_ndim(
+        "rms_norm", input, normalized_shape, weight, None, 0.0 if eps is None else eps
+    )
     if input.is_cuda:
         input, weight = _norm.autocast_to_float32("rms_norm", input, weight)
     if eps is None:
@@ -148,4 +155,4 @@ def rms_norm(
         output, _ = RMSNormFunction.apply(input, ndim, weight, eps)
     else:
         output, _ = _apply(input, ndim, weight, eps)
-    return output  # type: ignore[no-any-return]
+    return output
