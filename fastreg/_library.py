@@ -38,15 +38,21 @@ class Operator:
         torch.library.register_fake(f"fastreg::{name}", fake, lib=_LIBRARY)
         native.register_fake(name, fake)
         self.overload = getattr(torch.ops.fastreg, name).default
+        self._routes: dict[tuple[str | None, torch.device, torch.dtype], Callable[..., Any]] = {}
 
     def _run(self, tensor: torch.Tensor, *arguments: Any) -> Any:
         implementation = backends.implementation(backends.pick(self.op, tensor), self.op, self.name)
         return implementation(tensor, *arguments)
 
     def __call__(self, tensor: torch.Tensor, *arguments: Any) -> Any:
-        if not torch.compiler.is_compiling() and backends.pick(self.op, tensor) == "native":
-            return native.overload(self.name)(tensor, *arguments)
-        return self.overload(tensor, *arguments)
+        if torch.compiler.is_compiling():
+            return self.overload(tensor, *arguments)
+        key = (backends.requested(), tensor.device, tensor.dtype)
+        route = self._routes.get(key)
+        if route is None:
+            is_native = backends.pick(self.op, tensor) == "native"
+            route = self._routes[key] = native.overload(self.name) if is_native else self.overload
+        return route(tensor, *arguments)
 
     def as_requested(self, request: str | None, tensor: torch.Tensor, *arguments: Any) -> Any:
         """The call as it would be with ``request`` asked for: a backward runs where its forward ran."""

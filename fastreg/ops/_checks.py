@@ -40,21 +40,33 @@ def normalized_ndim(
             f"{op}(): argument 'eps' (position {position}) must be float, not {type(eps).__name__}"
         )
     shape = input.shape
-    if ndim == 0 or shape[-ndim:] != normalized_shape:
+    # The last dimension first: comparing a slice of a torch.Size costs four times as much.
+    if (
+        ndim == 0
+        or len(shape) < ndim
+        or shape[-1] != normalized_shape[-1]
+        or (ndim > 1 and shape[-ndim:] != normalized_shape)
+    ):
         _raise_shape_error(op, shape, normalized_shape)
     allowed = PARAMETER_DTYPES.get(input.dtype)
     if allowed is None:
         raise NotImplementedError(
             f'"{op}" not implemented for {input.dtype}: expected float32, bfloat16, float16 or float64'
         )
-    if weight is not None:
-        _check_parameter(op, "weight", weight, input, normalized_shape, allowed)
-    if bias is not None:
-        _check_parameter(op, "bias", bias, input, normalized_shape, allowed)
+    device = input.device
+    for parameter in (weight, bias):
+        if parameter is not None and not (
+            isinstance(parameter, torch.Tensor)
+            and parameter.shape == normalized_shape
+            and parameter.dtype in allowed
+            and parameter.device == device
+        ):
+            name = "weight" if parameter is weight else "bias"
+            _raise_parameter_error(op, name, parameter, input, normalized_shape, allowed)
     return ndim
 
 
-def _check_parameter(
+def _raise_parameter_error(
     op: str,
     name: str,
     parameter: object,
@@ -78,11 +90,10 @@ def _check_parameter(
             f"{op}: mixed dtype: {name} is {parameter.dtype} where the input is {input.dtype}; "
             f"expected {expected}: convert the {name} or the input with .to(dtype)"
         )
-    if parameter.device != input.device:
-        raise RuntimeError(
-            f"{op}: expected all tensors to be on the same device, but {name} is on {parameter.device} and the input "
-            f"is on {input.device}; move one of them with .to(device)"
-        )
+    raise RuntimeError(
+        f"{op}: expected all tensors to be on the same device, but {name} is on {parameter.device} and the "
+        f"input is on {input.device}; move one of them with .to(device)"
+    )
 
 
 def _shape_tuple(op: str, normalized_shape: Sequence[int]) -> tuple[int, ...]:

@@ -53,11 +53,6 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
-def contiguous(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A weight or bias with its elements next to each other, which nearly every one has already."""
-    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
-
-
 def fake_gradient(like: torch.Tensor | None, input: torch.Tensor, wanted: bool) -> torch.Tensor:
     """The fake of a gradient: shaped as its tensor where it is wanted, else empty."""
     if like is None:

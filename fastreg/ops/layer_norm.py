@@ -156,7 +156,10 @@ def layer_norm(
         input, weight, bias = _norm.autocast_to_float32("layer_norm", input, weight, bias)
     if not input.is_contiguous():
         input = row_regular(input, ndim)
-    weight, bias = _norm.contiguous(weight), _norm.contiguous(bias)
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     if _norm.transformed():
         output, _ = formula.layer_norm_fwd(input, ndim, weight, bias, eps)
     elif not _norm.recorded(input, weight, bias):

@@ -146,7 +146,8 @@ def rms_norm(
         eps = torch.finfo(_norm.accumulate_dtype(input)).eps
     if not input.is_contiguous():
         input = row_regular(input, ndim)
-    weight = _norm.contiguous(weight)
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
     if _norm.transformed():
         output, _ = formula.rms_norm_fwd(input, ndim, weight, eps)
     elif not _norm.recorded(input, weight):
