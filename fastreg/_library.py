@@ -50,13 +50,14 @@ class Operator:
         key = (backends.requested(), tensor.device, tensor.dtype)
         route = self._routes.get(key)
         if route is None:
-            is_native = backends.pick(self.op, tensor) == "native"
+            # On a meta tensor only the fake runs, which no backend needs to serve.
+            is_native = not tensor.is_meta and backends.pick(self.op, tensor) == "native"
             route = self._routes[key] = native.overload(self.name) if is_native else self.overload
         return route(tensor, *arguments)
 
     def as_requested(self, request: str | None, tensor: torch.Tensor, *arguments: Any) -> Any:
         """The call as it would be with ``request`` asked for: a backward runs where its forward ran."""
-        if request == backends.requested() or torch.compiler.is_compiling():
+        if request == backends.requested() or tensor.is_meta or torch.compiler.is_compiling():
             return self(tensor, *arguments)
         implementation = backends.implementation(
             backends.pick_as(request, self.op, tensor), self.op, self.name
