@@ -1,0 +1,93 @@
+# Every target does its own set-up: on a machine that has python3 (3.10 or newer, with venv and pip), g++ and make,
+# `make demo` and `make test` need nothing run before. The second run finds it done.
+#
+#   make demo      train a small vision transformer with and without fastreg, and compare
+#   make test      every test on every backend
+#   make bench     the benchmark table of this machine, into bench/results/
+#   make native    build the native libraries into fastreg/lib
+#   make wheel     build a wheel with the native libraries into dist/
+#   make lint      ruff and mypy
+#   make clean     remove what was built (.venv stays)
+#
+# Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# The architecture of this machine's GPU. Without one nothing runs the kernels, but all four must compile without spills.
+GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+CUDA_ARCHITECTURES ?= $(or $(GPU_ARCHITECTURE),80;90;100;120)
+
+BIN := $(VENV)/bin
+CMAKE := $(BIN)/cmake
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+# NVIDIA's compiler from PyPI, where there is none.
+NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
+
+BACKENDS := reference native triton cuda_sim
+
+.DELETE_ON_ERROR:
+.PHONY: demo test bench native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%)
+
+# --- set-up ----------------------------------------------------------------------------------------------------------
+
+# What was installed is kept in the stamp itself: a changed requirements file installs again, a second run does not.
+$(VENV)/installed.txt: requirements/development.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastreg needs Python 3.10 or newer, but $(PYTHON) is " \
+	  + sys.version.split()[0] + ": make PYTHON=/path/to/python3.10")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment;" \
+	  "on Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@echo "installing $< into $(VENV) (torch is large: this takes a few minutes, once)"
+	@$(INSTALL) -r $<
+	@cp $< $@
+
+$(VENV)/nvcc.txt: requirements/nvcc.txt $(VENV)/installed.txt
+	@echo "no nvcc on this machine: installing $< into $(VENV)"
+	@$(INSTALL) -r $<
+	@cp $< $@
+
+# --- native libraries ------------------------------------------------------------------------------------------------
+
+CONFIGURE = $(CMAKE) -S . -B build -G Ninja -DPython_EXECUTABLE="$(abspath $(BIN)/python)" \
+  -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN)/ninja)" -DFASTREG_CUDA_ARCHITECTURES="$(CUDA_ARCHITECTURES)" --log-level=WARNING
+
+native: native-cuda
+
+native-cpu: $(VENV)/installed.txt
+	@$(CONFIGURE) -DFASTREG_CUDA=AUTO
+	@$(CMAKE) --build build --parallel $(JOBS) --target fastreg_cpu
+
+native-cuda: $(VENV)/installed.txt $(NVCC)
+	@$(CONFIGURE) -DFASTREG_CUDA=ON
+	@$(CMAKE) --build build --parallel $(JOBS)
+
+# --- what one does with it -------------------------------------------------------------------------------------------
+
+# Without a GPU the demo and the benchmarks run no CUDA kernel, and need not wait for nvcc.
+USABLE := $(if $(GPU_ARCHITECTURE),native-cuda,native-cpu)
+
+demo: $(USABLE)
+	$(BIN)/python -m fastreg demo
+
+bench: $(USABLE)
+	$(BIN)/python -m bench
+
+# One run for each backend; what does not depend on a backend is tested with the first. All parts run, even if one fails.
+test: native-cuda
+	@$(MAKE) --no-print-directory --keep-going $(BACKENDS:%=test-%)
+
+$(BACKENDS:%=test-%): test-%: native-cuda
+	$(BIN)/python -m pytest tests --backend $* --durations 5 --junit-xml build/tests/$*.xml
+	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
+
+wheel: $(VENV)/installed.txt $(NVCC)
+	FASTREG_NATIVE=1 FASTREG_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \
+	  --wheel-dir dist .
+
+lint: $(VENV)/installed.txt
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist fastreg/lib
