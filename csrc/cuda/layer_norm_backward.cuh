@@ -1,0 +1,448 @@
+// Backward kernels of layer norm, and without centring of RMS norm. With normalized = (input - mean) * rstd and
+// scaled = grad_output * weight:
+//
+//   grad_input  = rstd * (scaled - mean(scaled) - normalized * mean(scaled * normalized))      over the row
+//   grad_weight = sum of grad_output * normalized, grad_bias = sum of grad_output              over the rows
+//
+// A persistent grid goes over the rows. A team holds its row in registers while the next rows are on their way into shared
+// memory; each thread owns some columns, keeps their weights, and adds their parameter gradients up in fp32 from row to
+// row. At the end a block writes one row of partial sums; reduce_partials_kernel adds those in a fixed order. Nothing is
+// added atomically, and rows are dealt out by index: equal bits in every run.
+//
+// Traffic: two reads and one write of the activations, and 16 bytes a column and block for the partial sums. Rows longer
+// than the chip has room for take two more kernels and are read up to three times (layer_norm_backward_looped.cuh).
+//
+// What output_mask does not ask for has a null pointer: not loaded for, not computed, not stored.
+
+#pragma once
+
+#include "layer_norm_plan.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace fastreg::cuda {
+
+struct BackwardArguments {
+  const void* grad_output;
+  const void* input;
+  const float* mean;  // layer norm only
+  const float* rstd;
+  Parameter weight;
+  void* grad_input;
+  float* weight_partials;  // (partials, columns)
+  float* bias_partials;
+  int64_t rows;
+  int64_t grad_output_stride;  // in elements
+  int64_t input_stride;
+  int columns;
+  int threads_per_row;  // in each block
+  int cluster;          // blocks a row
+};
+
+// --- one pack --------------------------------------------------------------------------------------------------------------
+
+// What a row's elements add up to: sums of scaled * normalized and of scaled, the latter only if centred.
+template <bool centred>
+using RowSums = std::conditional_t<centred, Sums, float>;
+
+template <bool centred, class Data>
+__device__ __forceinline__ float normalized_at(const Data& input, int index, float mean, float rstd) {
+  return (centred ? input[index] - mean : input[index]) * rstd;
+}
+
+template <bool centred, int width, class Data>
+__device__ __forceinline__ void add_to_row(RowSums<centred>& sums, const Data& grad_output, const Data& input, float mean,
+                                           float rstd, const float (&weight)[width]) {
+#pragma unroll
+  for (int index = 0; index < width; ++index) {
+    const float normalized = normalized_at<centred>(input, index, mean, rstd);
+    const float scaled = grad_output[index] * weight[index];
+    if constexpr (centred) {
+      sums.projection += scaled * normalized;
+      sums.plain += scaled;
+    } else {
+      sums += scaled * normalized;
+    }
+  }
+}
+
+// `means`: the row's sums over its number of elements.
+template <bool centred, int width, class Data>
+__device__ __forceinline__ Data input_gradient(const RowSums<centred>& means, const Data& grad_output, const Data& input,
+                                               float mean, float rstd, const float (&weight)[width]) {
+  float values[width];
+#pragma unroll
+  for (int index = 0; index < width; ++index) {
+    const float normalized = normalized_at<centred>(input, index, mean, rstd);
+    const float scaled = grad_output[index] * weight[index];
+    if constexpr (centred) {
+      values[index] = (scaled - means.plain - normalized * means.projection) * rstd;
+    } else {
+      values[index] = (scaled - normalized * means) * rstd;
+    }
+  }
+  return pack<std::remove_cvref_t<decltype(grad_output.elements[0])>, width>(values);
+}
+
+template <bool centred>
+__device__ __forceinline__ RowSums<centred> over_columns(const RowSums<centred>& sums, int columns) {
+  const float share = 1.0f / static_cast<float>(columns);
+  if constexpr (centred) {
+    return {sums.projection * share, sums.plain * share};
+  } else {
+    return sums * share;
+  }
+}
+
+// --- rows on their way -------------------------------------------------------------------------------------------------------
+
+// Shared memory that the next rows' packs arrive in. A thread reads only what it copied itself, so no barrier is needed.
+template <class Data, int packs, int stages>
+struct Ring {
+  unsigned char* base;
+
+  __device__ __forceinline__ Data* place(int stage, int tensor, int pack) const {
+    const int slot = (stage * 2 + tensor) * packs + pack;
+    return reinterpret_cast<Data*>(base) + slot * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  }
+};
+
+// --- running sums ------------------------------------------------------------------------------------------------------------
+
+// Where a thread adds up a parameter's gradient for its columns: in registers, or in shared memory of its own.
+template <int packs, int width, bool in_shared>
+struct ColumnSums;
+
+template <int packs, int width>
+struct ColumnSums<packs, width, false> {
+  float values[packs][width];
+
+  __device__ __forceinline__ explicit ColumnSums(float*) {
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+#pragma unroll
+      for (int index = 0; index < width; ++index) values[place][index] = 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void add(int place, const float (&terms)[width]) {
+#pragma unroll
+    for (int index = 0; index < width; ++index) values[place][index] += terms[index];
+  }
+
+  __device__ __forceinline__ float get(int place, int index) const { return values[place][index]; }
+};
+
+template <int packs, int width>
+struct ColumnSums<packs, width, true> {
+  static constexpr int quads = width / 4;
+  float4* base;  // four floats at a time, neighbouring threads side by side
+
+  __device__ __forceinline__ explicit ColumnSums(float* memory) : base(reinterpret_cast<float4*>(memory)) {
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+#pragma unroll
+      for (int quad = 0; quad < quads; ++quad) *at(place, quad) = float4{0.0f, 0.0f, 0.0f, 0.0f};
+    }
+  }
+
+  __device__ __forceinline__ float4* at(int place, int quad) const {
+    return base + (place * quads + quad) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  }
+
+  __device__ __forceinline__ void add(int place, const float (&terms)[width]) {
+#pragma unroll
+    for (int quad = 0; quad < quads; ++quad) {
+      float4 sum = *at(place, quad);
+      sum.x += terms[4 * quad];
+      sum.y += terms[4 * quad + 1];
+      sum.z += terms[4 * quad + 2];
+      sum.w += terms[4 * quad + 3];
+      *at(place, quad) = sum;
+    }
+  }
+
+  __device__ __forceinline__ float get(int place, int index) const {
+    const float4 sum = *at(place, index / 4);
+    return index % 4 == 0 ? sum.x : index % 4 == 1 ? sum.y : index % 4 == 2 ? sum.z : sum.w;
+  }
+};
+
+// Writes the block's row of partial sums. Where several teams share the block, theirs are added first: within a warp by
+// shuffles, then through `scratch`, which all threads must be done with.
+template <int packs, int width, bool in_shared>
+__device__ __forceinline__ void write_partials(ColumnSums<packs, width, in_shared>& sums, float* partials, const Team& team,
+                                               const Slice& slice, float* scratch) {
+  if constexpr (!in_shared) {
+    const int warps_or_teams = team.threads < warp_lanes ? static_cast<int>(blockDim.x) / warp_lanes : team.count;
+    if (team.threads < warp_lanes) {
+#pragma unroll
+      for (int place = 0; place < packs; ++place) {
+#pragma unroll
+        for (int index = 0; index < width; ++index) {
+          float& value = sums.values[place][index];
+          for (int distance = team.threads; distance < warp_lanes; distance *= 2) {
+            value += __shfl_xor_sync(all_lanes, value, distance);
+          }
+        }
+      }
+    }
+    if (warps_or_teams > 1) {
+      const int columns = slice.count * width;
+      const int copy = team.threads < warp_lanes ? static_cast<int>(threadIdx.x) / warp_lanes : team.index;
+      const bool writes = team.threads >= warp_lanes || static_cast<int>(threadIdx.x) % warp_lanes < team.threads;
+#pragma unroll
+      for (int place = 0; place < packs; ++place) {
+        const int offset = place * team.threads + team.lane;
+        if (writes && offset < slice.count) {
+#pragma unroll
+          for (int index = 0; index < width; ++index) {
+            scratch[copy * columns + offset * width + index] = sums.get(place, index);
+          }
+        }
+      }
+      __syncthreads();
+      for (int column = static_cast<int>(threadIdx.x); column < columns; column += static_cast<int>(blockDim.x)) {
+        float total = 0.0f;
+#pragma unroll 4
+        for (int other = 0; other < warps_or_teams; ++other) total += scratch[other * columns + column];
+        partials[column] = total;
+      }
+      __syncthreads();
+      return;
+    }
+  }
+#pragma unroll
+  for (int place = 0; place < packs; ++place) {
+    const int offset = place * team.threads + team.lane;
+    if (team.index == 0 && offset < slice.count) {
+#pragma unroll
+      for (int index = 0; index < width; ++index) {
+        partials[(slice.first + offset) * width + index] = sums.get(place, index);
+      }
+    }
+  }
+}
+
+// --- the kernel ----------------------------------------------------------------------------------------------------------------
+
+template <class Element, bool centred, int width, bool sums_in_shared>
+__global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : backward_threads)
+    backward_kernel(const BackwardArguments arguments) {
+  using Data = Pack<Element, width>;
+  constexpr int packs = backward_packs(width, sums_in_shared);
+  constexpr int stages = backward_stages(sizeof(Element), width, sums_in_shared);
+  FASTREG_SHARED(Exchange<RowSums<centred>>, exchange);
+  if (arguments.cluster > 1) {
+    cluster_arrive();
+  }
+  Team team(arguments.threads_per_row);
+  const Slice slice(arguments.columns / width, arguments.cluster);
+  const bool wants_input = arguments.grad_input != nullptr;
+  const bool wants_weight = arguments.weight_partials != nullptr;
+  const bool wants_bias = centred && arguments.bias_partials != nullptr;
+  const bool reads_input = wants_input || wants_weight;
+
+  unsigned char* const memory = dynamic_shared();
+  const Ring<Data, packs, stages> ring{memory};
+  float* const sums_memory = reinterpret_cast<float*>(
+      memory + backward_ring_bytes(sizeof(Element), width, sums_in_shared, static_cast<int>(blockDim.x)));
+  ColumnSums<packs, width, sums_in_shared> weight_sums(sums_memory);
+  ColumnSums<packs, width, sums_in_shared> bias_sums(
+      sums_memory + (centred ? packs * width * static_cast<int>(blockDim.x) : 0));
+
+  const auto address = [&](const void* tensor, int64_t stride, int64_t row, int offset) {
+    return static_cast<const Element*>(tensor) + row * stride + static_cast<int64_t>(slice.first + offset) * width;
+  };
+  const auto fetch = [&](int stage, int64_t row) {
+    if constexpr (stages > 0) {
+#pragma unroll
+      for (int place = 0; place < packs; ++place) {
+        const int offset = place * team.threads + team.lane;
+        if (row < arguments.rows && offset < slice.count) {
+          copy_async(ring.place(stage, 0, place),
+                     address(arguments.grad_output, arguments.grad_output_stride, row, offset));
+          if (reads_input) {
+            copy_async(ring.place(stage, 1, place), address(arguments.input, arguments.input_stride, row, offset));
+          }
+        }
+      }
+      copy_async_commit();
+    }
+  };
+
+  const int64_t step = static_cast<int64_t>(gridDim.x / arguments.cluster) * team.count;
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x / arguments.cluster) * team.count;
+  int64_t row = block_row + team.index;
+#pragma unroll
+  for (int stage = 0; stage < stages; ++stage) fetch(stage, row + stage * step);
+
+  // Weights stay in registers from row to row where the row leaves room for them.
+  constexpr bool keeps_weights = width > 1 && packs * sizeof(Data) <= 64;
+  const auto load_weight = [&](int place, float(&weight)[width]) {
+    const int offset = place * team.threads + team.lane;
+    if (wants_input && offset < slice.count) {
+      load_parameter<width>(arguments.weight, (slice.first + offset) * width, 1.0f, weight);
+    }
+  };
+  float weights[keeps_weights ? packs : 1][width];
+  if constexpr (keeps_weights) {
+#pragma unroll
+    for (int place = 0; place < packs; ++place) load_weight(place, weights[place]);
+  }
+
+  // Statistics are asked for a row ahead: each is a load that a whole team would wait for.
+  float next_mean = 0.0f;
+  float next_rstd = 0.0f;
+  const auto fetch_statistics = [&](int64_t of_row) {
+    if (reads_input && of_row < arguments.rows) {
+      if constexpr (centred) next_mean = __ldg(arguments.mean + of_row);
+      next_rstd = __ldg(arguments.rstd + of_row);
+    }
+  };
+  fetch_statistics(row);
+  if (arguments.cluster > 1) {
+    cluster_wait();
+  }
+
+  int stage = 0;
+  int turn = 0;
+  // Every thread of a block goes round equally often, also where its team has no row left: all meet at the barriers.
+  for (int64_t first_row = block_row; first_row < arguments.rows; first_row += step, row += step) {
+    team.forget_places<width>();
+    const bool active = row < arguments.rows;
+    const float mean = next_mean;
+    const float rstd = next_rstd;
+    fetch_statistics(row + step);
+
+    Data grad_output[packs];
+    Data input[packs];
+    if constexpr (stages > 0) copy_async_wait<stages - 1>();
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+      const int offset = place * team.threads + team.lane;
+      if (active && offset < slice.count) {
+        if constexpr (stages > 0) {
+          grad_output[place] = *ring.place(stage, 0, place);
+          if (reads_input) input[place] = *ring.place(stage, 1, place);
+        } else {
+          grad_output[place] =
+              Data::load(address(arguments.grad_output, arguments.grad_output_stride, row, offset));
+          if (reads_input) input[place] = Data::load(address(arguments.input, arguments.input_stride, row, offset));
+        }
+      }
+    }
+    if constexpr (stages > 0) {
+      fetch(stage, row + stages * step);
+      stage = stage + 1 == stages ? 0 : stage + 1;
+    }
+
+    team.forget_places<width>();
+    RowSums<centred> sums{};
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+      if (active && place * team.threads + team.lane < slice.count) {
+        if (wants_input) {
+          if constexpr (!keeps_weights) load_weight(place, weights[0]);
+          add_to_row<centred, width>(sums, grad_output[place], input[place], mean, rstd,
+                                     weights[keeps_weights ? place : 0]);
+        }
+        float terms[width];
+        if (wants_weight) {
+#pragma unroll
+          for (int index = 0; index < width; ++index) {
+            terms[index] = grad_output[place][index] * normalized_at<centred>(input[place], index, mean, rstd);
+          }
+          weight_sums.add(place, terms);
+        }
+        if (wants_bias) {
+#pragma unroll
+          for (int index = 0; index < width; ++index) terms[index] = grad_output[place][index];
+          bias_sums.add(place, terms);
+        }
+      }
+    }
+
+    keep_packed(grad_output);
+    keep_packed(input);
+    team.forget_places<width>();
+
+    if (wants_input) {
+      sums = over_warps_and_blocks(over_lanes(sums, team.lanes()), team, arguments.cluster, exchange, turn);
+      turn ^= 1;
+      const RowSums<centred> means = over_columns<centred>(sums, arguments.columns);
+#pragma unroll
+      for (int place = 0; place < packs; ++place) {
+        const int offset = place * team.threads + team.lane;
+        if (active && offset < slice.count) {
+          Element* target = static_cast<Element*>(arguments.grad_input) + row * arguments.columns +
+                            static_cast<int64_t>(slice.first + offset) * width;
+          if constexpr (!keeps_weights) load_weight(place, weights[0]);
+          input_gradient<centred, width>(means, grad_output[place], input[place], mean, rstd,
+                                         weights[keeps_weights ? place : 0])
+              .store(target);
+        }
+      }
+    }
+  }
+
+  if (wants_weight || wants_bias) {
+    __syncthreads();  // the ring's place is reused
+    const int64_t partial = static_cast<int64_t>(blockIdx.x / arguments.cluster) * arguments.columns;
+    float* scratch = reinterpret_cast<float*>(memory);
+    if (wants_weight) write_partials(weight_sums, arguments.weight_partials + partial, team, slice, scratch);
+    if (wants_bias) write_partials(bias_sums, arguments.bias_partials + partial, team, slice, scratch);
+  }
+}
+
+// --- the sum of the partial sums -------------------------------------------------------------------------------------------
+
+struct ReduceArguments {
+  // One gradient or two.
+  struct Gradient {
+    const float* partials;  // (count, columns)
+    void* data;
+    DType dtype;
+  };
+  Gradient first;
+  Gradient second;
+  int64_t count;
+  int columns;
+};
+
+inline constexpr int reduce_columns = 32;
+inline constexpr int reduce_slices = 16;
+
+struct ReduceSums {
+  float values[reduce_slices][reduce_columns];
+};
+
+// A block adds up 32 columns of one gradient: 16 warps each every sixteenth row, then one warp their sums, in order. A
+// template only so that each op's translation unit has a kernel of its own.
+template <bool centred>
+__global__ void __launch_bounds__(reduce_columns* reduce_slices) reduce_partials_kernel(const ReduceArguments arguments) {
+  FASTREG_SHARED(ReduceSums, sums);
+  const int lane = static_cast<int>(threadIdx.x) % reduce_columns;
+  const int slice = static_cast<int>(threadIdx.x) / reduce_columns;
+  const int blocks = (arguments.columns + reduce_columns - 1) / reduce_columns;
+  const bool second = static_cast<int>(blockIdx.x) >= blocks;
+  const int column = (static_cast<int>(blockIdx.x) - (second ? blocks : 0)) * reduce_columns + lane;
+
+  float sum = 0.0f;
+  if (column < arguments.columns) {
+    const float* partials = (second ? arguments.second.partials : arguments.first.partials) + column;
+#pragma unroll 4
+    for (int64_t row = slice; row < arguments.count; row += reduce_slices) sum += partials[row * arguments.columns];
+  }
+  sums.values[slice][lane] = sum;
+  __syncthreads();
+  if (slice == 0 && column < arguments.columns) {
+    float total = 0.0f;
+#pragma unroll
+    for (int other = 0; other < reduce_slices; ++other) total += sums.values[other][lane];
+    store_parameter(second ? arguments.second.data : arguments.first.data,
+                    second ? arguments.second.dtype : arguments.first.dtype, column, total);
+  }
+}
+
+}  // namespace fastreg::cuda

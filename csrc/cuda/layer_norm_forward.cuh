@@ -1,0 +1,267 @@
+// Forward kernels of layer norm, and without centring of RMS norm:
+//
+//   output = (input - mean) * rstd * weight + bias      rstd = 1 / sqrt(variance + eps)
+//
+// Each row is read once and stays in registers, as packed as it came; mean, then squared deviations, then the output are
+// computed from there. A warp works out the moments of its part alone, so that warps and blocks exchange one value a row.
+// Traffic: one read, one write of the activations; weight and bias come from L1 and L2. Rows longer than the chip has
+// room for are read twice (forward_looped_kernel).
+//
+// The kernels take every extent from their arguments; how many threads, packs and rows is planned in layer_norm_plan.h.
+
+#pragma once
+
+#include "layer_norm_plan.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace fastreg::cuda {
+
+struct ForwardArguments {
+  const void* input;
+  void* output;
+  float* mean;  // layer norm only
+  float* rstd;
+  Parameter weight;
+  Parameter bias;
+  int64_t rows;
+  int64_t row_stride;  // of input, in elements; output is contiguous
+  int columns;
+  int threads_per_row;  // in each block
+  int cluster;          // blocks a row
+  float eps;
+};
+
+// What a row's elements add up to: moments if they are to be centred, else the sum of squares.
+template <bool centred>
+using RowValue = std::conditional_t<centred, Moments<float>, float>;
+
+template <bool centred>
+__device__ __forceinline__ void finish_statistics(const ForwardArguments& arguments, const RowValue<centred>& value,
+                                                  float& mean, float& rstd) {
+  float squares;
+  if constexpr (centred) {
+    mean = value.mean;
+    squares = value.squares;
+  } else {
+    mean = 0.0f;
+    squares = value;
+  }
+  rstd = rsqrtf(mean_of(squares, static_cast<float>(arguments.columns)) + arguments.eps);
+}
+
+template <bool centred>
+__device__ __forceinline__ void store_statistics(const ForwardArguments& arguments, int64_t row, float mean, float rstd) {
+  if constexpr (centred) {
+    arguments.mean[row] = mean;
+  }
+  arguments.rstd[row] = rstd;
+}
+
+template <class Element, bool centred, int width>
+__device__ __forceinline__ Pack<Element, width> normalize(const Pack<Element, width>& input, float mean, float rstd,
+                                                          const float (&weight)[width], const float (&bias)[width]) {
+  float values[width];
+#pragma unroll
+  for (int index = 0; index < width; ++index) {
+    const float normalized = (centred ? input[index] - mean : input[index]) * rstd;
+    values[index] = centred ? normalized * weight[index] + bias[index] : normalized * weight[index];
+  }
+  return pack<Element, width>(values);
+}
+
+// The moments, or sum of squares, of the packs of one row that a warp (or the part of a warp that is a team) holds.
+template <class Element, bool centred, int width, int packs>
+__device__ __forceinline__ RowValue<centred> row_value(Pack<Element, width> (&input)[packs], const Team& team,
+                                                       const Slice& slice, bool active) {
+  float mean = 0.0f;
+  float count = 0.0f;
+  if constexpr (centred) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+      if (active && place * team.threads + team.lane < slice.count) {
+#pragma unroll
+        for (int index = 0; index < width; ++index) sum += input[place][index];
+      }
+    }
+    count = static_cast<float>((team.threads < warp_lanes ? slice.count : slice.of_warp(team)) * width);
+    sum = over_lanes(sum, team.lanes());
+    mean = mean_of(sum, count);
+    keep_packed(input);
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int place = 0; place < packs; ++place) {
+    if (active && place * team.threads + team.lane < slice.count) {
+#pragma unroll
+      for (int index = 0; index < width; ++index) {
+        const float difference = centred ? input[place][index] - mean : input[place][index];
+        squares += difference * difference;
+      }
+    }
+  }
+  squares = over_lanes(squares, team.lanes());
+  keep_packed(input);
+  if constexpr (centred) {
+    return {count, mean, squares};
+  } else {
+    return squares;
+  }
+}
+
+// A team keeps `rows` rows of `packs` packs a thread in registers. Several rows at once only where a row is short enough
+// for part of a warp or a warp: they keep as many bytes on their way as one longer row would.
+template <class Element, bool centred, int width, int packs, int rows>
+__global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward_minimum_blocks(width, packs))
+    forward_kernel(const ForwardArguments arguments) {
+  using Data = Pack<Element, width>;
+  FASTREG_SHARED(Exchange<RowValue<centred>>, exchange);
+  if (rows == 1 && arguments.cluster > 1) {
+    cluster_arrive();  // waited for before the first write into another block
+  }
+  Team team(arguments.threads_per_row);
+  const Slice slice(arguments.columns / width, arguments.cluster);
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / arguments.cluster) * (team.count * rows) + team.index;
+
+  Data input[rows][packs];
+#pragma unroll
+  for (int turn = 0; turn < rows; ++turn) {
+    const int64_t row = first_row + turn * team.count;
+    const Element* address = static_cast<const Element*>(arguments.input) + row * arguments.row_stride;
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+      const int offset = place * team.threads + team.lane;
+      if (row < arguments.rows && offset < slice.count) {
+        input[turn][place] = Data::load(address + static_cast<int64_t>(slice.first + offset) * width);
+      }
+    }
+  }
+
+  team.forget_places<width>();
+  float mean[rows];
+  float rstd[rows];
+#pragma unroll
+  for (int turn = 0; turn < rows; ++turn) {
+    const int64_t row = first_row + turn * team.count;
+    RowValue<centred> value = row_value<Element, centred, width, packs>(input[turn], team, slice, row < arguments.rows);
+    if constexpr (rows == 1) {
+      if (arguments.cluster > 1) {
+        cluster_wait();
+      }
+      value = over_warps_and_blocks(value, team, arguments.cluster, exchange, 0);
+    }
+    finish_statistics<centred>(arguments, value, mean[turn], rstd[turn]);
+    if (row < arguments.rows && team.lane == 0 && slice.first == 0) {
+      store_statistics<centred>(arguments, row, mean[turn], rstd[turn]);
+    }
+  }
+
+  team.forget_places<width>();
+#pragma unroll
+  for (int place = 0; place < packs; ++place) {
+    const int offset = place * team.threads + team.lane;
+    if (offset < slice.count) {
+      const int column = (slice.first + offset) * width;
+      ParameterBits<width> weight_bits;
+      ParameterBits<width> bias_bits;
+      float weight[width];
+      float bias[width];
+      weight_bits.load(arguments.weight, column);
+      if constexpr (centred) {
+        bias_bits.load(arguments.bias, column);
+        bias_bits.convert(arguments.bias, 0.0f, bias);
+      }
+      weight_bits.convert(arguments.weight, 1.0f, weight);
+#pragma unroll
+      for (int turn = 0; turn < rows; ++turn) {
+        const int64_t row = first_row + turn * team.count;
+        if (row < arguments.rows) {
+          Element* address = static_cast<Element*>(arguments.output) + row * arguments.columns + column;
+          normalize<Element, centred, width>(input[turn][place], mean[turn], rstd[turn], weight, bias).store(address);
+        }
+      }
+    }
+  }
+}
+
+// Rows that do not fit on the chip: one block, or a cluster, a row; read once for the statistics and again for the output,
+// the second time backwards, since what was read last is what the caches still have.
+template <class Element, bool centred, int width>
+__global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const ForwardArguments arguments) {
+  using Data = Pack<Element, width>;
+  constexpr int packs = looped_packs;
+  FASTREG_SHARED(Exchange<RowValue<centred>>, exchange);
+  if (arguments.cluster > 1) {
+    cluster_arrive();
+  }
+  const Team team(arguments.threads_per_row);
+  const Slice slice(arguments.columns / width, arguments.cluster);
+  const int64_t row = blockIdx.x / arguments.cluster;
+  const Element* input =
+      static_cast<const Element*>(arguments.input) + row * arguments.row_stride + static_cast<int64_t>(slice.first) * width;
+  Element* output = static_cast<Element*>(arguments.output) + row * arguments.columns + slice.first * width;
+
+  // Each thread merges the moments of a few packs at a time into its own.
+  RowValue<centred> value{};
+  for (int start = team.lane; start < slice.count; start += packs * team.threads) {
+    Data data[packs];
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+      const int offset = start + place * team.threads;
+      if (offset < slice.count) data[place] = Data::load_kept(input + static_cast<int64_t>(offset) * width);
+    }
+    float sum = 0.0f;
+    float count = 0.0f;
+    if constexpr (centred) {
+#pragma unroll
+      for (int place = 0; place < packs; ++place) {
+        if (start + place * team.threads < slice.count) {
+#pragma unroll
+          for (int index = 0; index < width; ++index) sum += data[place][index];
+          count += width;
+        }
+      }
+    }
+    const float mean = centred ? mean_of(sum, count) : 0.0f;
+    float squares = 0.0f;
+#pragma unroll
+    for (int place = 0; place < packs; ++place) {
+      if (start + place * team.threads < slice.count) {
+#pragma unroll
+        for (int index = 0; index < width; ++index) {
+          const float difference = data[place][index] - mean;
+          squares += difference * difference;
+        }
+      }
+    }
+    if constexpr (centred) {
+      value = together(value, {count, mean, squares});
+    } else {
+      value += squares;
+    }
+  }
+  value = over_lanes(value, warp_lanes);
+  if (arguments.cluster > 1) {
+    cluster_wait();
+  }
+  value = over_warps_and_blocks(value, team, arguments.cluster, exchange, 0);
+  float mean;
+  float rstd;
+  finish_statistics<centred>(arguments, value, mean, rstd);
+  if (team.lane == 0 && slice.first == 0) {
+    store_statistics<centred>(arguments, row, mean, rstd);
+  }
+
+  for (int offset = slice.count - 1 - team.lane; offset >= 0; offset -= team.threads) {
+    const int column = (slice.first + offset) * width;
+    float weight[width];
+    float bias[width];
+    load_parameter<width>(arguments.weight, column, 1.0f, weight);
+    if constexpr (centred) load_parameter<width>(arguments.bias, column, 0.0f, bias);
+    const Data data = Data::load(input + static_cast<int64_t>(offset) * width);
+    normalize<Element, centred, width>(data, mean, rstd, weight, bias).store(output + static_cast<int64_t>(offset) * width);
+  }
+}
+
+}  // namespace fastreg::cuda

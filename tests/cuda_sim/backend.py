@@ -1,0 +1,169 @@
+"""The backend ``cuda_sim``: the CUDA kernels behind the functions that every backend has, on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cuda_sim import build
+
+OPERATORS = ("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd")
+ORDERS = ("first in first out", "last in first out", "random")
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device to simulate, and what it leaves open.
+
+    Attributes:
+        architecture: 90 for compute capability 9.0; clusters exist from there on.
+        multiprocessors: how many; with few, a persistent kernel goes over many rows in each block.
+        order: which of the threads that can continue does: one of ``ORDERS``.
+        seed: of the random order.
+        clusters_at_once: how many clusters (or blocks, without clusters) are under way together.
+    """
+
+    architecture: int = 90
+    multiprocessors: int = 6
+    order: str = ORDERS[0]
+    seed: int = 0
+    clusters_at_once: int = 1
+
+
+H100 = Device(architecture=90, multiprocessors=132)
+A100 = Device(architecture=80, multiprocessors=108)
+PART_OF_AN_H100 = Device(architecture=90, multiprocessors=6)
+PART_OF_AN_A100 = Device(architecture=80, multiprocessors=6)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    path = build.library()
+    torch.ops.load_library(str(path))
+    loaded = ctypes.CDLL(str(path))
+    loaded.cuda_sim_configure.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint64, ctypes.c_int]
+    loaded.cuda_sim_configure.restype = None
+    loaded.cuda_sim_launched.restype = ctypes.c_char_p
+    _configure(loaded, PART_OF_AN_H100)
+    return loaded
+
+
+_current = PART_OF_AN_H100
+
+
+def _configure(loaded: ctypes.CDLL, device: Device) -> None:
+    loaded.cuda_sim_configure(
+        device.architecture,
+        device.multiprocessors,
+        ORDERS.index(device.order),
+        device.seed,
+        device.clusters_at_once,
+    )
+
+
+@contextmanager
+def simulating(device: Device) -> Iterator[None]:
+    """Run on ``device`` inside the block; outside it is part of an H100."""
+    global _current
+    previous, _current = _current, device
+    _configure(_library(), device)
+    try:
+        yield
+    finally:
+        _current = previous
+        _configure(_library(), previous)
+
+
+def _readable(name: str) -> str:
+    """``forward_kernel<float, true, 4, 1, 4>`` of a demangled signature."""
+    return re.sub(r"\(.*|^void |fastreg::cuda::", "", name)
+
+
+def launched() -> dict[str, int]:
+    """How often each kernel was launched since the last call."""
+    lines = _library().cuda_sim_launched().decode().splitlines()
+    return {_readable(name): int(count) for count, _, name in (line.partition(" ") for line in lines)}
+
+
+def kernels() -> set[str]:
+    """Every instance of every ``__global__`` function in the library."""
+    names = global_functions()
+    _library()
+    listing = subprocess.run(["nm", "-C", str(build.library())], capture_output=True, text=True, check=True).stdout
+    symbols = {_readable(line.split(" ", 2)[2]) for line in listing.splitlines() if " W " in line or " T " in line}
+    return {symbol for symbol in symbols if symbol.partition("<")[0] in names}
+
+
+def global_functions(folder: Path = build.ROOT / "csrc" / "cuda") -> set[str]:
+    """The names of the ``__global__`` functions in the sources."""
+    found: set[str] = set()
+    for path in folder.glob("*.cu*"):
+        found |= set(re.findall(r"__global__[^;{]*?(\w+)\(const \w+ arguments\)", path.read_text()))
+    return found
+
+
+def _operator(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
+    if tensor.dtype == torch.float64:
+        raise RuntimeError(f"the cuda_sim backend cannot serve {tensor.dtype}: the reference backend does")
+    _library()
+    return getattr(torch.ops.fastreg_cuda_sim, name).default  # type: ignore[no-any-return]
+
+
+def layer_norm_fwd(
+    input: torch.Tensor, normalized_ndim: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _operator("layer_norm_fwd", input)(input, normalized_ndim, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def layer_norm_bwd(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    normalized_ndim: int,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments = (grad_output, input, normalized_ndim, statistics, weight, bias, list(output_mask))
+    return _operator("layer_norm_bwd", input)(*arguments)  # type: ignore[no-any-return]
+
+
+def rms_norm_fwd(
+    input: torch.Tensor, normalized_ndim: int, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _operator("rms_norm_fwd", input)(input, normalized_ndim, weight, eps)  # type: ignore[no-any-return]
+
+
+def rms_norm_bwd(
+    grad_output: torch.Tensor,
+    input: torch.Tensor,
+    normalized_ndim: int,
+    statistics: torch.Tensor,
+    weight: torch.Tensor | None,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    arguments = (grad_output, input, normalized_ndim, statistics, weight, list(output_mask))
+    return _operator("rms_norm_bwd", input)(*arguments)  # type: ignore[no-any-return]
+
+
+def register() -> None:
+    """Make ``fastreg.backends.use("cuda_sim")`` work, for CPU tensors in tests."""
+    from fastreg import backends
+
+    def load(op: str, operator: str) -> Callable[..., Any]:
+        if operator not in OPERATORS:
+            raise backends.BackendUnavailable(f"csrc/cuda has no {operator}")
+        found: Callable[..., Any] = globals()[operator]
+        return found
+
+    _library()
+    backends.register("cuda_sim", load)

@@ -1,0 +1,160 @@
+// Runs CUDA kernels on a CPU, one simulated thread after another, each until it has to wait for others.
+//
+// What a real GPU leaves to chance is an error here: a barrier that some threads of a block do not reach or reach at
+// another line, a warp operation whose mask names lanes that do not come, a write into a block that has not started or has
+// ended. What it leaves open is chosen by a schedule: the order in which threads continue, and how many blocks are under
+// way. An error ends the launch with an exception.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "context.h"
+
+// Of the launch under way.
+extern dim3 gridDim;
+extern dim3 blockDim;
+
+namespace simulator {
+
+// --- the device --------------------------------------------------------------------------------------------------------
+
+struct Device {
+  int architecture;  // 90 for compute capability 9.0
+  int multiprocessors;
+  int shared_bytes_per_block;
+  int shared_bytes_per_multiprocessor;
+  int largest_cluster;
+};
+
+inline constexpr int maximum_threads = 1024;
+inline constexpr int shared_bytes_without_asking = 48 * 1024;
+
+// In which order threads that can continue do so.
+enum class Order { first_in_first_out, last_in_first_out, random };
+
+struct Schedule {
+  Order order = Order::first_in_first_out;
+  uint64_t seed = 0;
+  int clusters_at_once = 1;
+};
+
+void configure(const Device& device, const Schedule& schedule);
+const Device& device();
+
+// The kernels launched since the last call, as "count name" lines.
+std::string launched();
+
+// --- threads and blocks ------------------------------------------------------------------------------------------------
+
+// Where in the source an operation stands that several threads must reach together.
+struct Site {
+  const char* file;
+  int line;
+
+  bool operator==(const Site& other) const { return line == other.line && file == other.file; }
+};
+
+enum class WarpOperation { shuffle, vote, barrier };
+
+// A warp operation that some lanes have reached and others not yet.
+struct Meeting {
+  WarpOperation operation;
+  Site site;
+  uint32_t mask;
+  uint32_t arrived;
+  uint64_t values[32];
+  int sources[32];
+};
+
+struct Thread;
+struct Cluster;
+
+struct Warp {
+  std::vector<Meeting> meetings;
+  uint32_t exited = 0;
+};
+
+struct Block {
+  uint3 index;
+  unsigned rank;  // in its cluster
+  Cluster* cluster;
+  std::vector<Thread*> threads;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char[]> memory;
+  unsigned char* shared;  // static variables, then the dynamic part; 16 bytes aligned
+  bool started = false;
+  unsigned exited = 0;
+  std::vector<Thread*> at_barrier;
+  Site barrier_site{};
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  uint64_t phase = 0;  // of the cluster barrier
+  unsigned arrived = 0;
+  unsigned exited = 0;
+  std::vector<Thread*> waiting;
+};
+
+struct PendingCopy {
+  void* target;
+  const void* source;
+};
+
+struct Thread {
+  Context context;
+  unsigned char* stack = nullptr;
+  Block* block = nullptr;
+  uint3 index{};
+  unsigned linear = 0;  // in the block
+  uint64_t received = 0;
+  uint64_t arrived_at_phase = ~uint64_t{0};
+  std::vector<std::vector<PendingCopy>> copy_groups;  // committed and not yet waited for
+  std::vector<PendingCopy> open_group;
+
+  unsigned lane() const { return linear % 32; }
+};
+
+extern Thread* running;
+
+// --- what a kernel may do ----------------------------------------------------------------------------------------------
+
+[[noreturn]] void fail(const std::string& message);
+
+void block_barrier(Site site);
+// Returns the value of the lane that this thread names (shuffle) or the mask of the lanes whose value is not 0 (vote).
+uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, int source, Site site);
+void cluster_arrive();
+void cluster_wait();
+// The place of `own`, an address in the running block's shared memory, in the block of that rank.
+void* in_cluster(void* own, unsigned rank);
+
+// The variable of the running block that belongs to `key`, poisoned when the block starts.
+void* shared_variable(const void* key, size_t bytes, size_t alignment);
+unsigned char* dynamic_shared();
+
+void copy_async(void* target, const void* source);
+void copy_async_commit();
+void copy_async_wait(size_t pending);
+
+inline void check_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
+    fail("misaligned access of " + std::to_string(bytes) + " bytes");
+  }
+}
+
+// --- launches ------------------------------------------------------------------------------------------------------------
+
+cudaError_t allow_shared_bytes(const void* kernel, int bytes);
+cudaError_t resident_clusters(int* clusters, const cudaLaunchConfig_t& config);
+void run(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
+
+}  // namespace simulator

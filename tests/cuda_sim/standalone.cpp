@@ -1,0 +1,218 @@
+// The kernels of csrc/cuda against fp64, without torch: small enough to be compiled again for every mutant, and free of
+// foreign libraries, so that the sanitizers see every access. Every tensor ends where its memory ends.
+//
+//   standalone [order] [seed] [clusters at once]
+//
+// Exits with 1 and one line for the first result that is wrong or error that the simulator found.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "layer_norm.cuh"
+
+namespace {
+
+using namespace fastreg::cuda;
+using fastreg::DType;
+
+// --- tensors -----------------------------------------------------------------------------------------------------------------
+
+template <class Element>
+constexpr DType dtype_of() {
+  return sizeof(Element) == 4 ? DType::Float32 : std::is_same_v<Element, bfloat16> ? DType::BFloat16 : DType::Float16;
+}
+
+// (rows, columns) at a row stride, `shift` elements after a multiple of 16 bytes; filled with NaN.
+template <class Element>
+struct Matrix {
+  int64_t rows;
+  int64_t columns;
+  int64_t stride;
+  std::unique_ptr<void, decltype(&std::free)> memory;
+  Element* data;
+
+  Matrix(int64_t rows, int64_t columns, int64_t gap = 0, int64_t shift = 0)
+      : rows(rows), columns(columns), stride(columns + gap), memory(nullptr, &std::free), data(nullptr) {
+    const size_t bytes = static_cast<size_t>(shift + (rows - 1) * stride + columns) * sizeof(Element);
+    void* block = nullptr;
+    if (posix_memalign(&block, 16, bytes) != 0) throw std::bad_alloc();
+    memory.reset(block);
+    data = static_cast<Element*>(block) + shift;
+    for (int64_t index = 0; index < (rows - 1) * stride + columns; ++index) data[index] = from_float<Element>(NAN);
+  }
+
+  Element& at(int64_t row, int64_t column) { return data[row * stride + column]; }
+  double value(int64_t row, int64_t column) { return to_float(at(row, column)); }
+
+  template <class Random>
+  void fill(Random& random, double mean, double deviation) {
+    std::normal_distribution<double> normal(mean, deviation);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t column = 0; column < columns; ++column) at(row, column) = from_float<Element>(normal(random));
+    }
+  }
+};
+
+// --- the criterion -----------------------------------------------------------------------------------------------------------
+
+struct Case {
+  int architecture;
+  int multiprocessors;
+  int64_t rows;
+  int columns;
+  int64_t gap;    // elements between the rows of input and grad_output
+  int64_t shift;  // of their first element, in elements
+};
+
+std::string describe(const Case& current) {
+  return "sm_" + std::to_string(current.architecture) + " with " + std::to_string(current.multiprocessors) +
+         " multiprocessors, " + std::to_string(current.rows) + " x " + std::to_string(current.columns) + ", gap " +
+         std::to_string(current.gap) + ", shift " + std::to_string(current.shift);
+}
+
+// Half a unit of the output's dtype and sixteen fp32 roundings of the terms that were added up.
+template <class Element>
+void require_close(const char* name, double actual, double exact, double terms) {
+  const double epsilon = sizeof(Element) == 4 ? 0.0 : std::is_same_v<Element, bfloat16> ? 1.0 / 128 : 1.0 / 1024;
+  const double allowed = 0.51 * epsilon * std::abs(exact) + 16 * std::ldexp(1.0, -24) * terms;
+  if (!(std::abs(actual - exact) <= allowed)) {
+    throw std::runtime_error(std::string(name) + " is " + std::to_string(actual) + ", exact " + std::to_string(exact));
+  }
+}
+
+void require(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("a launch was refused");
+}
+
+// --- one case ----------------------------------------------------------------------------------------------------------------
+
+template <class Element, bool centred>
+void run_case(const Case& current, const DeviceTraits& device) {
+  const int64_t rows = current.rows;
+  const int columns = current.columns;
+  std::mt19937_64 random(static_cast<uint64_t>(columns));
+  Matrix<Element> input(rows, columns, current.gap, current.shift);
+  Matrix<Element> grad_output(rows, columns, current.gap, current.shift);
+  Matrix<float> weight(1, columns);
+  Matrix<bfloat16> bias(1, columns);
+  input.fill(random, centred ? 3.0 : 0.0, 1.0);
+  grad_output.fill(random, 0.0, 1.0);
+  weight.fill(random, 0.0, 1.0);
+  bias.fill(random, 0.0, 1.0);
+
+  Matrix<Element> output(rows, columns);
+  Matrix<float> mean(1, rows);
+  Matrix<float> rstd(1, rows);
+  const Parameter weight_parameter{weight.data, DType::Float32};
+  const Parameter bias_parameter{centred ? bias.data : nullptr, DType::BFloat16};
+  require(launch_forward<Element, centred>(
+      ForwardArguments{.input = input.data, .output = output.data, .mean = mean.data, .rstd = rstd.data,
+                       .weight = weight_parameter, .bias = bias_parameter, .rows = rows, .row_stride = input.stride,
+                       .columns = columns, .threads_per_row = 0, .cluster = 1, .eps = 1e-5f},
+      device, nullptr));
+
+  Matrix<Element> grad_input(rows, columns);
+  BackwardArguments arguments{.grad_output = grad_output.data, .input = input.data, .mean = mean.data, .rstd = rstd.data,
+                              .weight = weight_parameter, .grad_input = grad_input.data, .weight_partials = nullptr,
+                              .bias_partials = nullptr, .rows = rows, .grad_output_stride = grad_output.stride,
+                              .input_stride = input.stride, .columns = columns, .threads_per_row = 0, .cluster = 1};
+  BackwardPlan plan;
+  require(plan_backward<Element, centred>(arguments, device, plan));
+  Matrix<float> weight_partials(plan.partials, columns);
+  Matrix<float> bias_partials(plan.partials, columns);
+  arguments.weight_partials = weight_partials.data;
+  arguments.bias_partials = centred ? bias_partials.data : nullptr;
+  require(launch_backward<Element, centred>(plan, arguments, nullptr));
+
+  Matrix<float> grad_weight(1, columns);
+  Matrix<bfloat16> grad_bias(1, columns);
+  require(launch_reduce<centred>(ReduceArguments{{weight_partials.data, grad_weight.data, DType::Float32},
+                                                 {bias_partials.data, grad_bias.data, DType::BFloat16},
+                                                 plan.partials,
+                                                 columns},
+                                 centred ? 2 : 1, nullptr));
+
+  std::vector<double> exact_weight(static_cast<size_t>(columns)), weight_terms(exact_weight), exact_bias(exact_weight),
+      bias_terms(exact_weight);
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0, absolute = 0, squares = 0, projection = 0, plain = 0, scaled_size = 0;
+    for (int64_t column = 0; column < columns; ++column) {
+      sum += input.value(row, column);
+      absolute += std::abs(input.value(row, column));
+    }
+    const double exact_mean = centred ? sum / columns : 0.0;
+    for (int64_t column = 0; column < columns; ++column) squares += std::pow(input.value(row, column) - exact_mean, 2);
+    const double exact_rstd = 1 / std::sqrt(squares / columns + 1e-5);
+    const double shift = centred ? absolute / columns * exact_rstd : 0.0;
+    for (int64_t column = 0; column < columns; ++column) {
+      const double scaled = grad_output.value(row, column) * weight.value(0, column);
+      projection += scaled * (input.value(row, column) - exact_mean) * exact_rstd / columns;
+      plain += centred ? scaled / columns : 0.0;
+      scaled_size += std::abs(scaled) / columns;
+    }
+    require_close<float>("rstd", rstd.value(0, row), exact_rstd, exact_rstd);
+    if (centred) require_close<float>("mean", mean.value(0, row), exact_mean, absolute / columns);
+    for (size_t column = 0; column < static_cast<size_t>(columns); ++column) {
+      const int64_t place = static_cast<int64_t>(column);
+      const double normalized = (input.value(row, place) - exact_mean) * exact_rstd;
+      const double gradient = grad_output.value(row, place);
+      const double scale = weight.value(0, place);
+      const double offset = centred ? bias.value(0, place) : 0.0;
+      require_close<Element>("output", output.value(row, place), normalized * scale + offset,
+                             (std::abs(normalized) + shift) * std::abs(scale) + std::abs(offset));
+      require_close<Element>("grad_input", grad_input.value(row, place),
+                             (gradient * scale - plain - normalized * projection) * exact_rstd,
+                             (std::abs(gradient * scale) + (1 + std::abs(normalized) + shift) * (1 + shift) * scaled_size) *
+                                 exact_rstd);
+      exact_weight[column] += gradient * normalized;
+      weight_terms[column] += std::abs(gradient) * (std::abs(normalized) + shift);
+      exact_bias[column] += gradient;
+      bias_terms[column] += std::abs(gradient);
+    }
+  }
+  for (size_t column = 0; column < static_cast<size_t>(columns); ++column) {
+    const int64_t place = static_cast<int64_t>(column);
+    require_close<float>("grad_weight", grad_weight.value(0, place), exact_weight[column], weight_terms[column]);
+    if (centred) require_close<bfloat16>("grad_bias", grad_bias.value(0, place), exact_bias[column], bias_terms[column]);
+  }
+}
+
+// Rows within a warp, in one block, in a cluster, with sums in shared memory, beyond the chip; wide and one by one; each
+// with more rows than a persistent grid holds at once.
+constexpr Case cases[] = {
+    {90, 2, 37, 8, 0, 0},      {90, 2, 37, 96, 0, 0},    {90, 3, 70, 512, 8, 0},    {90, 2, 17, 1536, 0, 0},
+    {90, 2, 5, 4104, 0, 0},    {90, 8, 5, 16384, 0, 0},  {80, 2, 5, 8704, 0, 0},    {80, 2, 5, 33024, 0, 0},
+    {90, 2, 37, 3, 0, 0},      {90, 2, 19, 256, 1, 0},   {90, 2, 19, 1000, 0, 1},   {90, 2, 7, 2051, 0, 0},
+    {90, 8, 3, 16400, 0, 1},   {80, 2, 3, 16401, 0, 0},
+};
+
+}  // namespace
+
+int main(int count, char** values) {
+  const auto argument = [&](int index) { return index < count ? std::atoi(values[index]) : index == 3 ? 1 : 0; };
+  const simulator::Schedule schedule{static_cast<simulator::Order>(argument(1)), static_cast<uint64_t>(argument(2)),
+                                     argument(3)};
+  for (const Case& current : cases) {
+    try {
+      const int kilobytes = current.architecture >= 90 ? 228 : 164;
+      simulator::configure({current.architecture, current.multiprocessors, (kilobytes - 1) * 1024, kilobytes * 1024,
+                            current.architecture >= 90 ? 8 : 1},
+                           schedule);
+      DeviceTraits device{};
+      require(device_traits(0, device));
+      run_case<float, true>(current, device);
+      run_case<bfloat16, true>(current, device);
+      run_case<float, false>(current, device);
+    } catch (const std::exception& exception) {
+      std::printf("%s: %s\n", describe(current).c_str(), exception.what());
+      return 1;
+    }
+  }
+  return 0;
+}
