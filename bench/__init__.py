@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m bench``, or through pytest-benchmark ``pytest bench``; results by machine in results/."""

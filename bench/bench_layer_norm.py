@@ -1,0 +1,5 @@
+"""Layer norm: torch eager, torch.compile, every backend and Liger over the committed grid."""
+
+from bench.harness import benchmark_of
+
+test_layer_norm = benchmark_of("layer_norm")

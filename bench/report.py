@@ -1,0 +1,155 @@
+"""Makes the README's measured tables from the committed results.
+
+python -m bench.report                       the tables of every machine's newest complete result, as markdown
+python -m bench.report --readme README.md    put them between the two markers of that file
+python -m bench.report --check README.md     exit code 1 if the file's tables are not those of the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastreg.cli import summary
+from fastreg.cli.benchmark import SCHEMA
+from fastreg.cli.providers import label
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- measured: begin (python -m bench.report --readme README.md) -->", "<!-- measured: end -->"
+
+
+def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Each machine's newest complete result, GPUs first.
+
+    Raises:
+        ValueError: a result of a schema that this report does not know.
+    """
+    found = []
+    for directory in sorted(path for path in results.iterdir() if path.is_dir()):
+        paths = sorted(path for path in directory.glob("*.json") if not path.stem.endswith("-partial"))
+        if paths:
+            document = json.loads(paths[-1].read_text())
+            if document.get("schema") != SCHEMA:
+                raise ValueError(
+                    f"{paths[-1]} has schema {document.get('schema')}, this report reads {SCHEMA}"
+                )
+            found.append((paths[-1], document))
+    return sorted(found, key=lambda pair: pair[1]["machine"]["device"], reverse=True)
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A markdown table; all but the first ``left`` columns are aligned right."""
+    rules = ["---" if index < left else "---:" for index in range(len(headings))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rules, *rows))
+
+
+def means(document: dict[str, Any]) -> str:
+    """The geometric means over the shapes."""
+    headings = (
+        "op",
+        "dtype",
+        "direction",
+        "vs torch eager",
+        "vs torch.compile",
+        "of copy bandwidth",
+        "worst vs eager",
+    )
+    rows = [
+        (
+            *found.name,
+            summary.times(found.eager),
+            summary.times(found.compile),
+            summary.percent(found.share),
+            worst(found),
+        )
+        for found in summary.groups(document)
+    ]
+    for found in summary.overall(document):
+        op, directions = found.name
+        figures = (summary.times(found.eager), summary.times(found.compile), summary.percent(found.share))
+        rows.append((f"**{op}**", "all", directions, *(f"**{figure}**" for figure in figures), worst(found)))
+    return table(headings, rows, left=3)
+
+
+def worst(found: summary.Group) -> str:
+    """The smallest ratio to torch eager in a group."""
+    return summary.times(found.worst)
+
+
+def cases(document: dict[str, Any]) -> str:
+    """Every case of every op."""
+    columns = summary.case_columns(summary.timed_providers(document), lambda name: f"{label(name)}, ms")
+    rows = [[record["op"], *(show(record) for _, show in columns)] for record in document["cases"]]
+    return table(["op", *(heading for heading, _ in columns)], rows, left=4)
+
+
+def host(document: dict[str, Any]) -> str:
+    """The host cost of tiny calls."""
+    headings = ("op", "call on a (2, 8) tensor", "torch eager, µs", "fastreg, µs", "fastreg / torch")
+    return table(headings, summary.host_rows(document), left=2)
+
+
+def section(path: Path, document: dict[str, Any], root: Path) -> str:
+    """One machine's part of the README."""
+    shown = path.resolve().relative_to(root.resolve()).as_posix()
+    copy = document["large_copy"]["gigabytes_per_second"]
+    untimed = "".join(f"- not timed: {line}\n" for line in summary.untimed(document))
+    how = (
+        f"Every case (fastreg picks {summary.picked(document['cases'])}): medians of interleaved rounds; GB/s is the "
+        "op's minimum traffic over the time, its share that of a copy of the input in the same rounds"
+    )
+    return (
+        f"### {document['machine']['name']}\n\n"
+        f"{summary.machine_line(document)}; a large copy reaches {copy} GB/s. From [{shown}]({shown}).\n\n"
+        f"Geometric means over the shapes, fastreg's speed over the other's:\n\n{means(document)}\n\n"
+        f"<details><summary>{how}</summary>\n\n{cases(document)}\n\n{untimed}\n</details>\n\n"
+        f"What a call costs the host:\n\n{host(document)}\n"
+    )
+
+
+def render(results: Path = RESULTS, root: Path = RESULTS.parents[1]) -> str:
+    """The tables of all machines."""
+    return "\n".join(section(path, document, root) for path, document in newest(results))
+
+
+def placed(text: str, tables: str) -> str:
+    """``text`` with the tables between its markers.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the file has no lines {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print, place or check the tables."""
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of result folders")
+    parser.add_argument("--readme", type=Path, help="put the tables between this file's markers")
+    parser.add_argument("--check", type=Path, help="compare this file's tables with the results")
+    chosen = parser.parse_args(arguments)
+    tables = render(chosen.results, chosen.results.resolve().parents[1])
+    if chosen.check:
+        text = chosen.check.read_text()
+        if placed(text, tables) != text:
+            print(
+                f"{chosen.check} is not what the results say: python -m bench.report --readme {chosen.check}"
+            )
+            return 1
+    elif chosen.readme:
+        chosen.readme.write_text(placed(chosen.readme.read_text(), tables))
+    else:
+        print(tables)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

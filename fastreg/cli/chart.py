@@ -1,0 +1,150 @@
+"""The demo's chart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, also where there is no display
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from fastreg.cli import summary
+from fastreg.cli.photographs import Comparison
+from fastreg.cli.providers import label
+from fastreg.cli.training import CONVERTED, NAMES, PLAIN, Training
+from fastreg.cli.workloads import BOTH
+
+_COLOURS = {PLAIN: "#8c8c8c", CONVERTED: "#d1495b"}
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+}
+# One colour a provider, the same in every chart; torch in greys.
+_PROVIDER_COLOURS = {
+    "eager": "#8c8c8c",
+    "compile": "#c7c7c7",
+    "reference": "#edae49",
+    "native": "#d1495b",
+    "triton": "#00798c",
+    "liger": "#5f7d4e",
+}
+
+
+def draw(trained: Training, compared: Comparison, document: dict[str, Any], path: Path) -> None:
+    """Draw what the demo found and save it as a PNG."""
+    with plt.rc_context(_STYLE):
+        figure = plt.figure(figsize=(14, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        figure.suptitle(f"fastreg demo · {summary.machine_line(document)}", fontsize=11, x=0.01, ha="left")
+        parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+        top, bottom = parts
+        loss, difference, step, memory = top.subplots(1, 4, width_ratios=(2, 1.7, 1, 1.3))
+        _losses(loss, trained)
+        _differences(difference, trained)
+        milliseconds = {name: 1e3 * compared.seconds[name].median for name in NAMES}
+        _pair(step, "Two photographs", "ms", {"forward+\nbackward": milliseconds})
+        kinds = {"kept for\nbackward": compared.saved_bytes, "peak": compared.peak_bytes}
+        megabytes = {k: {name: v[name] / 1e6 for name in NAMES} for k, v in kinds.items() if v is not None}
+        _pair(memory, "Memory of that step", "MB", megabytes)
+        panels = bottom.subplots(1, 2, sharey=True)
+        _kernels(panels, document)
+        bottom.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False
+        )
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def _losses(axes: Axes, trained: Training) -> None:
+    epochs = [epoch.number for epoch in trained.epochs]
+    widths = {PLAIN: 5.0, CONVERTED: 1.5}
+    for name in NAMES:
+        values = [epoch.loss[name] for epoch in trained.epochs]
+        axes.plot(epochs, values, color=_COLOURS[name], linewidth=widths[name], label=f"{name}, loss")
+    axes.set(title="Digits: loss and test accuracy", xlabel="epoch", ylabel="mean cross entropy (nats)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right = axes.twinx()
+    right.spines["right"].set_visible(True)
+    for name in NAMES:
+        values = [100 * epoch.accuracy[name] for epoch in trained.epochs]
+        right.plot(
+            epochs,
+            values,
+            color=_COLOURS[name],
+            linewidth=widths[name],
+            linestyle=(0, (4, 2)),
+            label=f"{name}, accuracy",
+        )
+    right.set(ylabel="test accuracy (%)", ylim=(0, 102))
+    handles = [*axes.get_lines(), *right.get_lines()]
+    axes.legend(
+        handles, [str(line.get_label()) for line in handles], frameon=False, fontsize=8, loc="center right"
+    )
+
+
+def _differences(axes: Axes, trained: Training) -> None:
+    epochs = [epoch.number for epoch in trained.epochs]
+    # A difference of exactly 0 has no place on a logarithmic axis; it is drawn at the bottom.
+    values = [max(epoch.largest_difference, 1e-8) for epoch in trained.epochs]
+    axes.semilogy(epochs, values, color=_COLOURS[CONVERTED], marker="o", markersize=3)
+    axes.axhline(2**-23, color="#8c8c8c", linewidth=1, linestyle=":")
+    axes.text(
+        epochs[-1],
+        2**-23,
+        "one fp32 rounding of a loss of 1",
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#666666",
+    )
+    axes.set(title="Largest loss difference", xlabel="epoch", ylabel="|plain - converted| (nats)")
+    axes.set_ylim(bottom=5e-9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _pair(axes: Axes, title: str, unit: str, figures: dict[str, dict[str, float]]) -> None:
+    """Two bars, plain and converted, for each kind of figure."""
+    for index, values in enumerate(figures.values()):
+        for offset, name in enumerate(NAMES):
+            bar = axes.bar(2.6 * index + offset, values[name], width=0.85, color=_COLOURS[name], label=name)
+            axes.bar_label(bar, fmt=lambda value: summary.number(value), fontsize=9, padding=2)
+    axes.set_xticks([2.6 * index + 0.5 for index in range(len(figures))], list(figures))
+    axes.set(title=title, ylabel=unit)
+    axes.margins(y=0.22)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[:2], labels[:2], frameon=False, fontsize=8, loc="upper center", ncols=2)
+
+
+def _kernels(both: Any, document: dict[str, Any]) -> None:
+    """GB/s of every provider, forward+backward, a panel an op; the copy as a line over each group."""
+    records = [record for record in document["cases"] if record["direction"] == BOTH]
+    providers = summary.timed_providers(document)
+    for axes, op in zip(both, dict.fromkeys(record["op"] for record in records), strict=True):
+        chosen = [record for record in records if record["op"] == op]
+        width = 0.84 / len(providers)
+        for offset, name in enumerate(providers):
+            heights = [record["providers"].get(name, {}).get("gigabytes_per_second", 0) for record in chosen]
+            places = [index + (offset - (len(providers) - 1) / 2) * width for index in range(len(chosen))]
+            bars = axes.bar(
+                places, heights, width * 0.94, color=_PROVIDER_COLOURS.get(name, "#30638e"), label=label(name)
+            )
+            axes.bar_label(
+                bars, fmt=lambda value: summary.number(value, 2) if value else "", fontsize=8, padding=1
+            )
+        for index, record in enumerate(chosen):
+            rate = record["copy"]["gigabytes_per_second"]
+            caption = "copy of the input, same rounds" if index == 0 else None
+            axes.hlines(rate, index - 0.44, index + 0.44, color="black", linewidth=1.2, label=caption)
+        names = [f"{record['dtype']}\n{record['rows']} x {record['hidden_size']}" for record in chosen]
+        axes.set_xticks(range(len(chosen)), names)
+        axes.set(title=f"{op}, forward+backward", ylabel="GB/s (the op's minimum traffic / time)")

@@ -1,0 +1,219 @@
+"""``python -m fastreg demo``: a model trained plain and converted, two photographs, the kernels; a chart and a file.
+
+Every figure is of this run on this machine; what is slower prints slower, and a disagreement makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from fastreg import backends
+from fastreg.cli import bench, benchmark, chart, images, machine, photographs, summary, timing, training
+from fastreg.cli.measure import Case, Record, measure
+from fastreg.cli.providers import COMPILE, Provider, providers_for
+from fastreg.cli.training import CONVERTED, NAMES, PLAIN
+from fastreg.cli.workloads import Problem
+
+KERNEL_SHAPES = {"cpu": ((2048, 768), (8192, 1024)), "cuda": ((65536, 1024), (16384, 4096))}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything.
+
+    Attributes:
+        kernel_shapes: rows and hidden sizes of the kernel table; None for those that suit the device.
+        kernel_seconds: for the rounds of one of its cases.
+        compile: time torch.compile too, which has to compile first.
+    """
+
+    model: training.Settings = field(default_factory=training.Settings)
+    photograph_rounds: int = 11
+    patch_size: int = 16
+    kernel_shapes: tuple[tuple[int, int], ...] | None = None
+    kernel_seconds: float = 2.0
+    compile: bool = True
+
+    def cases(self, device: torch.device) -> list[Case]:
+        """The kernel table's cases: both ops, fp32 on the CPU and bf16 as well on all but the first shape there."""
+        shapes = self.kernel_shapes or KERNEL_SHAPES[device.type]
+        return [
+            Case(op, rows, hidden_size, dtype)
+            for op in ("layer_norm", "rms_norm")
+            for dtype in benchmark.DTYPES
+            for rows, hidden_size in shapes
+        ]
+
+
+QUICK = Plan(
+    model=training.Settings(epochs=2, width=32, depth=2, heads=2, train_limit=256),
+    photograph_rounds=3,
+    patch_size=64,
+    kernel_shapes=((64, 256),),
+    kernel_seconds=0.05,
+    compile=False,
+)
+
+
+def command(plan: Plan, device: torch.device, directory: Path, console: Console) -> int:
+    """Run all parts, save the chart and the JSON file, say what was found; 1 where the two models disagree."""
+    begin = time.perf_counter()
+    header = machine.describe(device)
+    console.print(f"[bold]fastreg demo[/bold] on {summary.machine_line(header)}")
+    if device.type == "cpu":
+        console.print("No GPU is used: every figure below is the CPU's, and no CUDA or Triton kernel runs.")
+    with bench.progress_bar(console) as progress:
+        trained = _train(plan, device, console, progress)
+        compared = _photographs(plan, trained, device, console, progress)
+        document = _kernels(plan, device, console, progress)
+    disagreements = trained.disagreements() + compared.disagreements() + benchmark.red(document)
+    document |= {"seconds": round(time.perf_counter() - begin, 1), "disagreements": disagreements}
+    document |= {"training": _training_record(trained), "photographs": asdict(compared)}
+    directory.mkdir(parents=True, exist_ok=True)
+    data, picture = directory / "demo.json", directory / "demo.png"
+    data.write_text(bench.as_text(document))
+    chart.draw(trained, compared, document, picture)
+    console.print(f"\n{document['seconds']} s; chart {picture}, figures {data}")
+    for line in disagreements:
+        console.print(f"DISAGREEMENT: {line}", style="bold red", markup=False, highlight=False)
+    if not disagreements:
+        console.print("[bold green]plain and converted agree[/bold green]")
+    return 1 if disagreements else 0
+
+
+def _train(plan: Plan, device: torch.device, console: Console, progress: Progress) -> training.Training:
+    digits = images.digits(device, plan.model.train_limit)
+    trained = training.start(plan.model, device)
+    console.print(f"\n[bold]1. Handwritten digits[/bold]: {len(digits.train_images)} to train on, ", end="")
+    console.print(
+        f"{len(digits.test_images)} by other writers to test; a vision transformer, plain and converted"
+    )
+    console.print(str(trained.report), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"backend: {backends.pick('layer_norm', digits.train_images)}, fp32")
+    table = Table()
+    for heading in (
+        "epoch",
+        "loss, plain",
+        "loss, converted",
+        "largest difference",
+        "accuracy, plain",
+        "accuracy, converted",
+    ):
+        table.add_column(heading, justify="right")
+    steps = training.steps_of(plan.model, digits)
+    task = progress.add_task("training", total=plan.model.epochs * steps)
+    for epoch in training.train(trained, plan.model, digits, lambda: progress.advance(task)):
+        losses = [f"{epoch.loss[name]:.5f}" for name in NAMES]
+        accuracies = [f"{100 * epoch.accuracy[name]:.1f} %" for name in NAMES]
+        table.add_row(str(epoch.number), *losses, f"{epoch.largest_difference:.1e}", *accuracies)
+        progress.update(task, description=f"training, loss {losses[0]} and {losses[1]}")
+    progress.remove_task(task)
+    console.print(table)
+    console.print(
+        f"first step's gradients differ by {trained.gradient_difference:.1e} of their largest value, the losses of "
+        f"{len(trained.step_seconds[PLAIN])} steps by at most {trained.loss_difference:.1e}",
+        highlight=False,
+    )
+    medians = {name: 1e3 * timing.Distribution.of(trained.step_seconds[name]).median for name in NAMES}
+    console.print(_faster("training step", medians, "ms"), highlight=False)
+    return trained
+
+
+def _faster(what: str, figures: Mapping[str, float], unit: str) -> str:
+    """One line that says which of the two models' figures is smaller, and by how much."""
+    plain, converted = figures[PLAIN], figures[CONVERTED]
+    change = 100 * (converted / plain - 1)
+    verdict = f"{abs(change):.1f} % {'less' if change < 0 else 'more'}"
+    return f"{what}: plain {summary.number(plain)} {unit}, converted {summary.number(converted)} {unit} ({verdict})"
+
+
+def _photographs(
+    plan: Plan, trained: training.Training, device: torch.device, console: Console, progress: Progress
+) -> photographs.Comparison:
+    task = progress.add_task("photographs", total=plan.photograph_rounds + 2)
+
+    def advance(what: str) -> None:
+        progress.update(task, advance=1, description=f"photographs: {what}")
+
+    compared = photographs.compare(
+        trained.models, plan.model, device, advance, plan.photograph_rounds, plan.patch_size
+    )
+    progress.remove_task(task)
+    height, width = compared.shape[-2:]
+    patches = -(-height // plan.patch_size) * -(-width // plan.patch_size)
+    console.print(
+        f"\n[bold]2. Two photographs[/bold], {height} x {width}, {patches} patches each, the trained weights"
+    )
+    console.print(f"outputs differ by {compared.output_difference:.1e} of the largest", highlight=False)
+    medians = {name: 1e3 * compared.seconds[name].median for name in NAMES}
+    console.print(_faster("step (forward+backward)", medians, "ms"), highlight=False)
+    console.print(_faster("kept for the backward", _megabytes(compared.saved_bytes), "MB"), highlight=False)
+    if compared.peak_bytes is None:
+        console.print("peak memory: this system does not tell")
+    else:
+        how = "allocated by torch" if device.type == "cuda" else "resident, in a process of its own"
+        what = f"peak memory of a step ({how})"
+        console.print(_faster(what, _megabytes(compared.peak_bytes), "MB"), highlight=False)
+    return compared
+
+
+def _megabytes(figures: Mapping[str, int]) -> dict[str, float]:
+    return {name: value / 1e6 for name, value in figures.items()}
+
+
+def _without_compile(problem: Problem) -> tuple[list[Provider], dict[str, str]]:
+    found, missing = providers_for(problem)
+    kept = [provider for provider in found if provider.name != COMPILE]
+    return kept, {**missing, COMPILE: "left out of a quick run"}
+
+
+def _kernels(plan: Plan, device: torch.device, console: Console, progress: Progress) -> Record:
+    cases = plan.cases(device)
+    task = progress.add_task("kernels", total=len(cases))
+    document = benchmark.new_document(device, complete=False, copy_size=2**26 if plan == QUICK else 2**28)
+    clock = timing.clock_for(device)
+    choose = providers_for if plan.compile else _without_compile
+    for case in cases:
+        progress.update(task, description=f"kernels: {case}")
+        document["cases"] += measure(case, device, clock, plan.kernel_seconds, choose=choose).records()
+        progress.advance(task)
+    progress.remove_task(task)
+    console.print(
+        "\n[bold]3. Kernels[/bold]: medians of rounds in which all take turns; GB/s is the op's minimum"
+    )
+    console.print(
+        "traffic over the time, 'of copy' its share of the rate of a copy of the input, in the same rounds"
+    )
+    providers = summary.timed_providers(document)
+    for op in dict.fromkeys(case.op for case in cases):
+        console.print(bench.case_table(op, [r for r in document["cases"] if r["op"] == op], providers))
+    for found in summary.overall(document)[:1]:
+        console.print(
+            f"geometric mean of {found.cases} cases, {found.name[1]}: "
+            f"{summary.times(found.eager)} the speed of torch eager, "
+            f"{summary.times(found.compile)} that of torch.compile; worst {summary.times(found.worst)} eager "
+            f"({found.worst_case})",
+            highlight=False,
+        )
+    bench.print_notes(document, console)
+    return document
+
+
+def _training_record(trained: training.Training) -> dict[str, Any]:
+    return {
+        "replaced": [asdict(item) for item in trained.report.replaced],
+        "kept": [asdict(item) for item in trained.report.kept],
+        "epochs": [asdict(epoch) for epoch in trained.epochs],
+        "gradient_difference": trained.gradient_difference,
+        "loss_difference": trained.loss_difference,
+        "step_seconds": {name: asdict(timing.Distribution.of(trained.step_seconds[name])) for name in NAMES},
+    }

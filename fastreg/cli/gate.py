@@ -1,0 +1,101 @@
+"""The equality gate: a provider that is not right is not timed.
+
+Results are compared with the formula computed in float64 from the same rounded inputs. An element may be off by half a
+unit in the last place of its own dtype, plus sixteen fp32 roundings of the terms that were added to make it:
+
+    |actual - exact| <= 0.51 * eps(dtype) * |exact| + 16 * 2^-24 * terms
+
+(the first part is 0 for fp32 and fp64; for fp64 the unit is 2^-53, twice, since the exact value is itself computed in
+fp64). fastreg has to stay within it. Other libraries are the yardstick of speed and not on trial: they only have to
+compute the same thing, so their error is held against the largest value of each result. That allowance is wide in half
+precision because torch's layer norm on the CPU adds the parameters' gradients up in that dtype and is 5 % off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+ROUNDINGS = 16
+PEER_ALLOWANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.125, torch.bfloat16: 0.125}
+
+Results = Mapping[str, torch.Tensor]
+"""What one call returned, by name: "output", "grad_input", "grad_weight", ..."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The exact value of one result, or of a stretch of its rows (so that float64 copies stay small).
+
+    Attributes:
+        name: which result.
+        value: the exact value in float64.
+        terms: the sum of the absolute values of the terms added to make each element.
+        rows: the rows of the flattened result that ``value`` covers; None for all of it.
+    """
+
+    name: str
+    value: torch.Tensor
+    terms: torch.Tensor
+    rows: slice | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far off the worst element of all results is.
+
+    Attributes:
+        budget_used: as a share of its rounding budget; infinity where it is not a number or there is no such element.
+        relative_error: as a share of the largest value of its result.
+        worst: the name of the result that uses most of its budget.
+    """
+
+    budget_used: float = 0.0
+    relative_error: float = 0.0
+    worst: str = ""
+
+    def refusal(self, peer: bool, dtype: torch.dtype) -> str | None:
+        """Why these results may not be timed, or None."""
+        if peer and not self.relative_error <= PEER_ALLOWANCE[dtype]:
+            return f"{self.worst} is off by {self.relative_error:.2g} of its largest value"
+        if not peer and not self.budget_used <= 1:
+            return f"{self.worst} is off by {self.budget_used:.3g} times its rounding budget"
+        return None
+
+
+def verdict(actual: torch.Tensor, exact: Exact) -> Verdict:
+    """Compare one result, or the stretch of its rows that ``exact`` covers."""
+    found = actual.detach()
+    if exact.rows is not None:
+        found = found.reshape(-1, found.shape[-1])[exact.rows]
+    if found.shape != exact.value.shape:
+        return Verdict(math.inf, math.inf, exact.name)
+    if found.numel() == 0:
+        return Verdict()
+    limits = torch.finfo(found.dtype)
+    unit = 2 * 2.0**-53 if found.dtype == torch.float64 else 2.0**-24
+    allowed = ROUNDINGS * unit * exact.terms + limits.smallest_normal
+    if limits.bits == 16:
+        allowed = allowed + 0.51 * limits.eps * exact.value.abs().clamp_min(limits.smallest_normal)
+    error = (found.double() - exact.value).abs()
+    largest = exact.value.abs().max().clamp_min(limits.smallest_normal)
+    shares = [float((error / allowed).max()), float(error.max() / largest)]
+    used, relative = (math.inf if math.isnan(share) else share for share in shares)
+    return Verdict(used, relative, exact.name)
+
+
+def judge(candidates: Mapping[str, Results], truth: Iterable[Exact]) -> dict[str, Verdict]:
+    """The verdict on each candidate, over all its results; one pass over the exact values."""
+    worst = {name: Verdict() for name in candidates}
+    for exact in truth:
+        for name, results in candidates.items():
+            found, known = verdict(results[exact.name], exact), worst[name]
+            worst[name] = Verdict(
+                max(known.budget_used, found.budget_used),
+                max(known.relative_error, found.relative_error),
+                found.worst if found.budget_used > known.budget_used else known.worst,
+            )
+    return worst

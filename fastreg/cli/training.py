@@ -1,0 +1,190 @@
+"""The demo's first part: the same vision transformer, plain and converted, trained side by side on the same batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import fastreg
+from fastreg.cli import images
+from fastreg.cli.timing import synchronize
+from fastreg.cli.vision_transformer import VisionTransformer
+from fastreg.convert import Report
+
+PLAIN, CONVERTED = NAMES = ("plain", "converted")
+
+# The first step's gradients differ by fp32 rounding alone. Hundreds of steps of an adaptive optimiser then amplify it.
+GRADIENT_ALLOWANCE = 1e-4
+LOSS_ALLOWANCE = 0.02
+ACCURACY_ALLOWANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The model and its training.
+
+    Attributes:
+        train_limit: train on so many images only; None for all.
+    """
+
+    seed: int = 0
+    epochs: int = 15
+    batch: int = 64
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    learning_rate: float = 2e-3
+    train_limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch gave, by model's name: the mean training loss and the accuracy on the test images.
+
+    Attributes:
+        largest_difference: between the two models' losses, over the steps of the epoch.
+    """
+
+    number: int
+    loss: dict[str, float]
+    accuracy: dict[str, float]
+    largest_difference: float
+
+
+@dataclass
+class Training:
+    """Two models of one seed on their way.
+
+    Attributes:
+        report: what ``convert`` did to the second.
+        step_seconds: of every step (forward, backward, optimiser), by model's name; the two take turns.
+        gradient_difference: of the first step, the largest over the parameters, as a share of their largest.
+    """
+
+    models: dict[str, VisionTransformer]
+    report: Report
+    epochs: list[Epoch] = field(default_factory=list)
+    step_seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in NAMES})
+    gradient_difference: float = 0.0
+
+    @property
+    def loss_difference(self) -> float:
+        """The largest difference between the two models' losses at any step."""
+        return max(epoch.largest_difference for epoch in self.epochs)
+
+    @property
+    def accuracy_difference(self) -> float:
+        """The difference between the two models' accuracies at the end."""
+        last = self.epochs[-1].accuracy
+        return abs(last[PLAIN] - last[CONVERTED])
+
+    def disagreements(self) -> list[str]:
+        """What is further apart than rounding explains, a line each."""
+        limits = (
+            ("first step's gradients", self.gradient_difference, GRADIENT_ALLOWANCE),
+            ("losses", self.loss_difference, LOSS_ALLOWANCE),
+            ("final accuracies", self.accuracy_difference, ACCURACY_ALLOWANCE),
+        )
+        return [
+            f"the {what} differ by {found:.3g}, allowed {limit}"
+            for what, found, limit in limits
+            if not found <= limit
+        ]
+
+
+def make_model(settings: Settings, device: torch.device) -> VisionTransformer:
+    """The plain model; the same weights for the same seed, on every device."""
+    torch.manual_seed(settings.seed)
+    return VisionTransformer(width=settings.width, depth=settings.depth, heads=settings.heads).to(device)
+
+
+def start(settings: Settings, device: torch.device) -> Training:
+    """Both models, of one seed; the second converted."""
+    models = {name: make_model(settings, device) for name in NAMES}
+    return Training(models, fastreg.convert(models[CONVERTED]))
+
+
+def steps_of(settings: Settings, digits: images.Digits) -> int:
+    """The optimiser's steps in one epoch; a last, smaller batch is left out."""
+    return len(digits.train_images) // settings.batch
+
+
+def train(
+    training: Training, settings: Settings, digits: images.Digits, advance: Callable[[], None]
+) -> Iterator[Epoch]:
+    """Train both models, a step of one and then the same step of the other; yields every epoch.
+
+    Args:
+        advance: called after each step.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    count, steps = len(digits.train_images), steps_of(settings, digits)
+    optimisers = {
+        name: torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.05)
+        for name, model in training.models.items()
+    }
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, settings.learning_rate, total_steps=settings.epochs * steps
+        )
+        for optimiser in optimisers.values()
+    ]
+    for number in range(1, settings.epochs + 1):
+        order = torch.randperm(count, generator=generator)
+        losses: dict[str, list[float]] = {name: [] for name in NAMES}
+        for step in range(steps):
+            chosen = order[step * settings.batch : (step + 1) * settings.batch].to(digits.train_images.device)
+            batch = images.shifted(digits.train_images[chosen], generator)
+            for name, model in training.models.items():
+                loss, seconds = _step(model, optimisers[name], batch, digits.train_labels[chosen])
+                losses[name].append(loss)
+                training.step_seconds[name].append(seconds)
+            if number == 1 and step == 0:
+                training.gradient_difference = _gradient_difference(training.models)
+            for schedule in schedules:
+                schedule.step()
+            advance()
+        epoch = Epoch(
+            number,
+            {name: sum(values) / len(values) for name, values in losses.items()},
+            {name: accuracy(model, digits) for name, model in training.models.items()},
+            max(abs(a - b) for a, b in zip(losses[PLAIN], losses[CONVERTED], strict=True)),
+        )
+        training.epochs.append(epoch)
+        yield epoch
+
+
+def _step(
+    model: VisionTransformer, optimiser: torch.optim.Optimizer, batch: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, float]:
+    """One step of one model: its loss and its seconds. The gradients stay until the next step."""
+    synchronize(batch.device)
+    begin = time.perf_counter()
+    optimiser.zero_grad()
+    loss = F.cross_entropy(model(batch), labels)
+    loss.backward()
+    optimiser.step()
+    synchronize(batch.device)
+    return loss.item(), time.perf_counter() - begin
+
+
+def _gradient_difference(models: dict[str, VisionTransformer]) -> float:
+    pairs = zip(models[PLAIN].parameters(), models[CONVERTED].parameters(), strict=True)
+    differences = []
+    for plain, converted in pairs:
+        assert plain.grad is not None
+        assert converted.grad is not None
+        differences.append(
+            float((plain.grad - converted.grad).abs().max() / plain.grad.abs().max().clamp_min(1e-12))
+        )
+    return max(differences)
+
+
+@torch.no_grad()
+def accuracy(model: VisionTransformer, digits: images.Digits) -> float:
+    """The share of the test images that are classified right."""
+    return float((model(digits.test_images).argmax(1) == digits.test_labels).double().mean())

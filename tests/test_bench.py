@@ -1,0 +1,326 @@
+"""The benchmark's own tests: nothing wrong is timed, bytes are counted right, results are kept and reported right."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import harness, report
+from fastreg.cli import bench, benchmark, gate, host, machine, measure, summary, timing, workloads
+from fastreg.cli.measure import COPY, Case
+from fastreg.cli.providers import EAGER, Provider
+from fastreg.cli.workloads import BACKWARD, BOTH, DIRECTIONS, FORWARD, Problem
+from fastreg.cli.workloads.layer_norm import bytes_moved
+
+pytestmark = pytest.mark.backend_independent
+
+CPU = torch.device("cpu")
+SMALL = Case("layer_norm", 5, 33, torch.float32)
+
+
+def eager_and(name: str, function: Any) -> Any:
+    """The providers of a problem: torch eager, and a backend of ours that computes ``function``."""
+
+    def choose(problem: Problem) -> tuple[list[Provider], dict[str, str]]:
+        eager = Provider(EAGER, problem.torch_function, peer=True)
+        return [eager, Provider(name, lambda *tensors: function(problem, *tensors), peer=False)], {
+            "liger": "no GPU"
+        }
+
+    return choose
+
+
+def quick(
+    case: Case = SMALL, function: Any = lambda problem, *tensors: problem.torch_function(*tensors)
+) -> Any:
+    choose = eager_and("native", function)
+    return measure.measure(case, CPU, timing.CpuClock(), seconds=0, fewest=3, most=3, choose=choose)
+
+
+# --- the gate ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", workloads.names())
+@pytest.mark.parametrize(
+    ("precision", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float64, 1e-12)], ids=str
+)
+def test_gate_accepts_the_formula_and_finds_one_wrong_element(
+    op: str, precision: torch.dtype, error: float
+) -> None:
+    problem = Case(op, 40, 129, precision).problem(CPU)
+    # In float64 torch is exact to a few roundings; rounding that to the dtype is the best a backend can do.
+    exact = Case(op, 40, 129, torch.float64).problem(CPU)
+    for tensor, rounded in zip(exact.arguments.values(), problem.arguments.values(), strict=True):
+        tensor.data.copy_(rounded)
+    exact.grad_output.copy_(problem.grad_output)
+    results = {name: tensor.to(precision) for name, tensor in exact.results(exact.torch_function).items()}
+    assert gate.judge({"": results}, problem.truth())[""].refusal(peer=False, dtype=precision) is None
+
+    for name in results:
+        spoilt = {**results, name: results[name].clone()}
+        spoilt[name].view(-1)[-1] += error * spoilt[name].abs().max()
+        refusal = gate.judge({"": spoilt}, problem.truth())[""].refusal(peer=False, dtype=precision)
+        assert refusal is not None, name
+        assert refusal.startswith(name)
+
+
+def test_gate_takes_not_a_number_and_a_wrong_shape_for_wrong() -> None:
+    problem = SMALL.problem(CPU)
+    results = problem.results(problem.torch_function)
+    for wrong in (torch.full_like(results["grad_bias"], torch.nan), results["grad_bias"][:-1]):
+        found = gate.judge({"": {**results, "grad_bias": wrong}}, problem.truth())[""]
+        assert found.budget_used == math.inf
+        assert found.worst == "grad_bias"
+
+
+def test_a_wrong_backend_is_not_timed_and_makes_the_run_red() -> None:
+    found = quick(function=lambda problem, *tensors: problem.torch_function(*tensors) * 1.001)
+    assert set(found.samples) == {COPY, EAGER}
+    assert "rounding budget" in found.notes["native"]["refused"]
+    record = found.record(FORWARD)
+    assert "milliseconds" not in record["providers"]["native"]
+    assert benchmark.red({"cases": found.records()}) == [
+        f"native: layer_norm float32 (5, 33): {found.notes['native']['refused']}"
+    ]
+
+
+def test_a_backend_that_raises_is_reported_with_its_message() -> None:
+    def broken(problem: Problem, *tensors: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no compiler\nmore")
+
+    found = quick(function=broken)
+    assert found.notes["native"] == {"failed": "RuntimeError: no compiler"}
+    document = {"cases": found.records()}
+    assert summary.untimed(document) == [
+        "liger: no GPU",
+        "native failed: RuntimeError: no compiler [layer_norm float32 (5, 33)]",
+    ]
+
+
+# --- bytes, rounds, samples -------------------------------------------------------------------------------
+
+
+def test_byte_formula() -> None:
+    rows, columns = 2048, 768
+    x = rows * columns * 4
+    layer = bytes_moved(rows, columns, 4, 4, centred=True)
+    assert layer[FORWARD] == (x + 2 * columns * 4) + (x + 2 * rows * 4)
+    assert layer[BACKWARD] == (2 * x + 2 * rows * 4 + columns * 4) + (x + 2 * columns * 4)
+    assert layer[BOTH] == layer[FORWARD] + layer[BACKWARD]
+    root = bytes_moved(rows, columns, 2, 4, centred=False)
+    assert root[FORWARD] == (x // 2 + columns * 4) + (x // 2 + rows * 4)
+    assert root[BACKWARD] == (x + rows * 4 + columns * 4) + (x // 2 + columns * 4)
+
+
+def test_bytes_of_a_problem_are_those_of_its_tensors() -> None:
+    problem = Case("rms_norm", 7, 16, torch.bfloat16).problem(CPU)
+    x, weight = (tensor.nbytes for tensor in problem.arguments.values())
+    assert problem.bytes_moved[FORWARD] == 2 * x + weight + 7 * 4
+
+
+def test_providers_take_turns() -> None:
+    order = []
+
+    def task(name: str) -> timing.Task:
+        def run() -> tuple[float]:
+            order.append(name)
+            return (float(len(order)),)
+
+        return run
+
+    samples = timing.interleaved({name: task(name) for name in "abc"}, rounds=2)
+    assert "".join(order) == "abcabc"
+    assert samples["b"] == [(2.0,), (5.0,)]
+
+
+def test_forward_and_backward_add_up() -> None:
+    found = quick()
+    assert set(found.samples) == {COPY, EAGER, "native"}
+    for forward, backward, both in found.samples["native"]:
+        assert both == pytest.approx(forward + backward)
+        assert min(forward, backward) > 0
+
+
+def test_samples_reach_pytest_benchmark_unchanged() -> None:
+    class Fixture:
+        def __init__(self) -> None:
+            self.extra_info: dict[str, Any] = {}
+            self.durations: list[float] = []
+
+        def pedantic(self, function: Any, rounds: int) -> None:
+            for _ in range(rounds):
+                start = harness.timer()
+                function()
+                self.durations.append(harness.timer() - start)
+
+    found, fixture = quick(), Fixture()
+    harness.hand_over(fixture, found, "native", BACKWARD)
+    assert fixture.durations == [sample[1] for sample in found.samples["native"]]
+    assert fixture.extra_info["budget_used"] <= 1
+    with pytest.raises(pytest.skip.Exception, match="no GPU"):
+        harness.hand_over(fixture, found, "liger", BACKWARD)
+
+
+def test_a_red_gate_fails_the_benchmark_test() -> None:
+    found = quick(function=lambda problem, *tensors: problem.torch_function(*tensors) + 1)
+    with pytest.raises(pytest.fail.Exception, match="rounding budget"):
+        harness.hand_over(object(), found, "native", FORWARD)
+
+
+def test_pytest_finds_every_case_of_the_grid() -> None:
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    root = Path(__file__).parents[1]
+    listing = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    device = machine.default_device()
+    expected = len(benchmark.grid(device)) * len(DIRECTIONS) * len(harness.provider_names(device))
+    assert listing.count("::test_") == expected
+    assert "bench_rms_norm.py::test_rms_norm[" in listing
+
+
+# --- results and report -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def complete_run() -> dict[str, Any]:
+    """A complete run over two tiny cases; "native" is torch itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "measure", lambda case, device, clock, seconds: quick(case))
+        patch.setattr(
+            benchmark, "host_cost", lambda op, device: host.host_cost(op, device, rounds=2, calls=2)
+        )
+        patch.setattr(timing, "copy_bandwidth", lambda device, size: 3.21e10)
+        plan = benchmark.Plan(CPU, (SMALL, Case("rms_norm", 4, 8, torch.bfloat16)), complete=True)
+        found = bench.run(plan, Console(file=io.StringIO()))
+    for record in found["cases"]:
+        record["picked"] = "native"
+    return found
+
+
+@pytest.fixture
+def document(complete_run: dict[str, Any]) -> dict[str, Any]:
+    """The run's document, a copy for each test."""
+    return deepcopy(complete_run)
+
+
+def test_result_document_has_everything_that_a_figure_needs(document: dict[str, Any]) -> None:
+    assert document["schema"] == benchmark.SCHEMA
+    assert {
+        "machine",
+        "versions",
+        "commit",
+        "date",
+        "large_copy",
+        "seconds",
+        "cases",
+        "host",
+    } < document.keys()
+    assert {"name", "slug", "device", "threads", "instruction_set"} < document["machine"].keys()
+    assert {"torch", "triton", "python", "fastreg"} < document["versions"].keys()
+    assert len(document["cases"]) == 2 * len(DIRECTIONS)
+    assert [record["direction"] for record in document["cases"][:3]] == list(DIRECTIONS)
+    for record in document["cases"]:
+        eager = record["providers"][EAGER]
+        rate = record["bytes"] / (eager["milliseconds"]["median"] * 1e6)
+        assert eager["gigabytes_per_second"] == pytest.approx(rate, rel=1e-2)
+        share = eager["gigabytes_per_second"] / record["copy"]["gigabytes_per_second"]
+        assert eager["share_of_copy"] == pytest.approx(share, rel=1e-2)
+        assert eager["milliseconds"]["rounds"] == 3
+    ways = [record["way"] for record in document["host"]]
+    assert ways == 2 * ["forward, no_grad", "forward, recording", "forward+backward"]
+    assert all(record["providers"]["fastreg"]["microseconds"]["median"] > 0 for record in document["host"])
+
+
+def test_saved_document_is_json_with_a_line_a_record(document: dict[str, Any], tmp_path: Path) -> None:
+    path = bench.save(document, tmp_path)
+    assert path == tmp_path / document["machine"]["slug"] / f"{document['date']}.json"
+    assert json.loads(path.read_text()) == document
+    assert sum(line.startswith('  {"op"') for line in path.read_text().splitlines()) == 6 + 6
+    partial = bench.save({**document, "complete": False, "host": []}, tmp_path)
+    assert partial.name == f"{document['date']}-partial.json"
+    assert json.loads(partial.read_text())["host"] == []
+    assert [found for found, _ in report.newest(tmp_path)] == [path]
+
+
+def test_means_and_ratios() -> None:
+    def record(shape: int, eager: float, ours: float, direction: str = FORWARD) -> dict[str, Any]:
+        def timed(median: float) -> dict[str, Any]:
+            return {"milliseconds": {"median": median}, "share_of_copy": 0.5}
+
+        providers = {EAGER: timed(eager), "compile": {"failed": "no compiler"}, "native": timed(ours)}
+        case = {
+            "op": "layer_norm",
+            "dtype": "float32",
+            "rows": shape,
+            "hidden_size": 8,
+            "direction": direction,
+        }
+        return {**case, "picked": "native", "providers": providers}
+
+    document = {"cases": [record(1, 8, 2), record(2, 9, 9), record(3, 1, 2, BACKWARD)]}
+    forward, backward = summary.groups(document)
+    assert forward.eager == pytest.approx(2)
+    assert forward.compile is None
+    assert forward.worst == pytest.approx(1)
+    assert forward.worst_case == "layer_norm float32 (2, 8) forward"
+    assert backward.eager == pytest.approx(0.5)
+    # What a release is held to leaves the backward alone out.
+    assert summary.overall(document)[0].cases == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.012345, "0.0123")]
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert summary.number(value) == text
+
+
+def test_report_of_stored_results(document: dict[str, Any], tmp_path: Path) -> None:
+    results = tmp_path / "bench" / "results"
+    bench.save(document, results)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    chosen = ["--results", str(results)]
+    assert report.main([*chosen, "--check", str(readme)]) == 1
+    assert report.main([*chosen, "--readme", str(readme)]) == 0
+    assert report.main([*chosen, "--check", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("# before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    slug = document["machine"]["slug"]
+    assert f"(bench/results/{slug}/{document['date']}.json)" in text
+    median = summary.number(document["cases"][0]["providers"][EAGER]["milliseconds"]["median"])
+    assert f"| layer_norm | float32 | 5 x 33 | forward | {median} |" in text
+    assert "| rms_norm | bfloat16 | forward+backward |" in text
+    assert sum(line.startswith("| op") for line in text.splitlines()) == 3
+    with pytest.raises(ValueError, match="no lines"):
+        report.placed("no markers", "tables")
+
+
+def test_report_refuses_an_unknown_schema(document: dict[str, Any], tmp_path: Path) -> None:
+    bench.save({**document, "schema": 99}, tmp_path)
+    with pytest.raises(ValueError, match="has schema 99"):
+        report.newest(tmp_path)
+
+
+def test_summary_prints_every_table(document: dict[str, Any]) -> None:
+    text = io.StringIO()
+    bench.print_summary(document, Console(file=text, width=140))
+    for expected in (
+        "native, which fastreg picks",
+        "host cost",
+        "geometric means",
+        "liger: no GPU",
+        "32.1 GB/s",
+    ):
+        assert expected in text.getvalue()
