@@ -1,0 +1,113 @@
+"""Command line of the tests: one invocation tests one backend on one device.
+
+    pytest tests --backend reference      plain PyTorch, and every test that does not depend on a backend
+    pytest tests --backend triton         Triton kernels (on the CPU: in Triton's interpreter, mended)
+    pytest tests --backend native         the compiled C++ or CUDA kernels
+    pytest tests --backend cuda_sim       the CUDA kernels, run on the CPU by the host simulator
+
+``--device cuda`` runs on the GPU, ``--dtype bfloat16`` keeps only the cases with that input dtype. A module or test
+marked ``backend_independent`` runs under ``--backend reference`` only. What does not belong to an invocation is
+deselected or never generated; a skip is always a missing part of the machine, and the last lines count them by reason.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from backend_under_test import BACKENDS, cases_for, dtypes_for, select
+from fastreg import backends
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastreg")
+    group.addoption("--backend", choices=BACKENDS, default="reference", help="the backend under test")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where its tensors live")
+    group.addoption(
+        "--dtype", choices=_DTYPES, default=None, help="keep only the cases with this input dtype"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "backend_independent: runs once, under --backend reference --device cpu"
+    )
+    config.addinivalue_line("markers", "gpu_only: runs with --device cuda")
+    backend, device = config.getoption("--backend"), config.getoption("--device")
+    if backend == "cuda_sim" and device == "cuda":
+        raise pytest.UsageError(
+            "cuda_sim runs CUDA kernels on the CPU; use --backend native --device cuda on a GPU"
+        )
+    if backend == "triton" and device == "cpu":
+        # Read by triton when a kernel is decorated, so it has to be there before anything imports triton.
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton_interpreter
+
+        triton_interpreter.install()
+    select(backend, device)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    backends.use(None)
+
+
+@pytest.fixture(scope="session")
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--backend"))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_state_after_each_test(pytestconfig: pytest.Config) -> Iterator[None]:
+    """A test that leaves another backend requested would make the ones after it test the wrong thing."""
+    yield
+    left, expected = backends.requested(), pytestconfig.getoption("--backend")
+    backends.use(expected)
+    assert left == expected, f"the test left the backend {left!r} requested"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise the ``case`` of an op's suite, and ``dtype`` anywhere, with what the backend under test serves."""
+    backend, device = metafunc.config.getoption("--backend"), metafunc.config.getoption("--device")
+    only = metafunc.config.getoption("--dtype")
+    if "case" in metafunc.fixturenames and metafunc.cls is not None:
+        chosen = cases_for(metafunc.cls.spec, backend, device, only)
+        metafunc.parametrize("case", chosen, ids=str)
+    if "dtype" in metafunc.fixturenames:
+        dtypes = dtypes_for(backend, device, only)
+        metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    on_gpu = config.getoption("--device") == "cuda"
+    unwanted = set() if on_gpu else {"gpu_only"}
+    if on_gpu or config.getoption("--backend") != "reference":
+        unwanted.add("backend_independent")
+    dropped = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if item not in set(dropped)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in skipped
+    )
+    terminalreporter.write_line(f"fastreg: {sum(reasons.values())} skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"fastreg: {count} skipped: {reason}")

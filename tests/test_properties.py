@@ -1,0 +1,85 @@
+"""Hypothesis draws shapes, strides, dtypes and options; every draw is held to the same criterion as the suite's cases.
+
+Draws are the same in every run. ``--hypothesis-profile explore`` draws new ones, and many more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from backend_under_test import serves_float64
+from cases import DATA, Case, Mix, Size
+from specs import SPECS
+from suite import OpSpec, check_tensors, make_tensors, subsets
+
+settings.register_profile(
+    "repeat",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=list(HealthCheck),
+    database=None,
+)
+settings.register_profile(
+    "explore", parent=settings.get_profile("repeat"), derandomize=False, max_examples=1000
+)
+settings.load_profile("repeat")
+
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@st.composite
+def views(draw: Any, values: torch.Tensor) -> torch.Tensor:
+    """``values`` in some strided layout: dimensions in any order in memory, with gaps, offset, or expanded."""
+    order = draw(st.permutations(range(values.dim())))
+    steps = [draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in order]
+    padding = [draw(st.integers(0, 3)) for _ in order]
+    buffer_shape = [
+        values.shape[axis] * step + pad for axis, step, pad in zip(order, steps, padding, strict=True)
+    ]
+    buffer = torch.full(buffer_shape, torch.nan, dtype=values.dtype, device=values.device)
+    window = tuple(
+        slice(pad, pad + values.shape[axis] * step, step)
+        for axis, step, pad in zip(order, steps, padding, strict=True)
+    )
+    back = [order.index(axis) for axis in range(values.dim())]
+    view = buffer[window].permute(back).copy_(values)
+    for axis in range(values.dim()):
+        if view.shape[axis] and draw(st.integers(0, 9)) == 0:
+            view = view.narrow(axis, 0, 1).expand(values.shape)
+    return view
+
+
+@st.composite
+def norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
+    leading = tuple(draw(st.lists(st.integers(0, 9), max_size=3)))
+    last = st.one_of(st.integers(1, 40), st.sampled_from((64, 127, 128, 129, 255, 257, 513, 1000, 1025)))
+    normalized = (*draw(st.lists(st.integers(1, 3), max_size=2)), draw(last))
+    if float64 and draw(st.integers(0, 5)) == 0:
+        dtypes: tuple[Any, ...] = (torch.float64,) * (1 + len(spec.parameters))
+    else:
+        dtypes = (draw(st.sampled_from(LOW)), *[draw(st.sampled_from((*LOW, None))) for _ in spec.parameters])
+    eps = draw(st.sampled_from((1e-12, 1e-6, 1e-5, 1e-3, 1.0)))
+    return Case(
+        size=Size((*leading, *normalized), {"normalized_shape": normalized}),
+        mix=Mix(dtypes),
+        data=draw(st.sampled_from(sorted(DATA))),
+        wanted=draw(st.sampled_from(subsets(spec.differentiable))),
+        arguments={"normalized_shape": normalized, "eps": eps},
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@given(data=st.data())
+def test_any_shape_stride_dtype_and_option(spec: OpSpec, data: Any, backend: str, device: str) -> None:
+    case = data.draw(norm_cases(spec, serves_float64(backend, device)))
+    tensors = make_tensors(spec, case, device)
+    for name, values in tensors.items():
+        if values is not None:
+            tensors[name] = data.draw(views(values), label=name)
+    check_tensors(spec, case, tensors)
