@@ -19,7 +19,7 @@ from fastreg.cli.benchmark import SCHEMA
 from fastreg.cli.providers import label
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- measured: begin (python -m bench.report --readme README.md) -->", "<!-- measured: end -->"
+BEGIN, END = "<!-- measured -->", "<!-- /measured: python -m bench.report --readme README.md -->"
 
 
 def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -29,7 +29,7 @@ def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
         ValueError: a result of a schema that this report does not know.
     """
     found = []
-    for directory in sorted(path for path in results.iterdir() if path.is_dir()):
+    for directory in sorted(path for path in results.glob("*") if path.is_dir()):
         paths = sorted(path for path in directory.glob("*.json") if not path.stem.endswith("-partial"))
         if paths:
             document = json.loads(paths[-1].read_text())
@@ -113,27 +113,29 @@ def section(path: Path, document: dict[str, Any], root: Path) -> str:
 
 def render(results: Path = RESULTS, root: Path = RESULTS.parents[1]) -> str:
     """The tables of all machines."""
-    return "\n".join(section(path, document, root) for path, document in newest(results))
+    return "\n".join(
+        ["## Measured\n", *(section(path, document, root) for path, document in newest(results))]
+    )
 
 
 def placed(text: str, tables: str) -> str:
-    """``text`` with the tables between its markers.
+    """``text`` with the tables after its marker, in place of those that end at the second marker if there are any.
 
     Raises:
-        ValueError: the markers are not there.
+        ValueError: the marker is not there.
     """
     before, begin, rest = text.partition(BEGIN)
+    if not begin:
+        raise ValueError(f"the file has no line {BEGIN}")
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the file has no lines {BEGIN!r} and {END!r}")
-    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{tables}\n{END}{after if end else rest}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print, place or check the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of result folders")
-    parser.add_argument("--readme", type=Path, help="put the tables between this file's markers")
+    parser.add_argument("--readme", type=Path, help="put the tables after this file's marker")
     parser.add_argument("--check", type=Path, help="compare this file's tables with the results")
     chosen = parser.parse_args(arguments)
     tables = render(chosen.results, chosen.results.resolve().parents[1])

@@ -292,7 +292,7 @@ def test_quick_demo_from_start_to_end(one_thread: list[str], tmp_path: Path) -> 
         "plain and converted agree",
         "every figure below is the CPU's",
         "torch.nn.RMSNorm",
-        "vs eager",
+        "x eager",
     ):
         assert expected in result.output
     found = json.loads((tmp_path / "demo.json").read_text())

@@ -85,7 +85,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float, typer.Option(min=0.01, help="Roughly how long the rounds of one case take.")
-    ] = 4.0,
+    ] = 8.0,
     results: Annotated[Path, typer.Option(help="Saves <machine>/<date>.json in here.")] = Path(
         "fastreg-bench"
     ),

@@ -66,9 +66,10 @@ def as_text(document: Record) -> str:
 
 def case_table(title: str, records: list[Record], providers: list[str]) -> Table:
     """The table of some cases of one op."""
-    heading = f"{title}: times in ms; GB/s, share of copy and ratios of {summary.picked(records)}, which fastreg picks"
+    picked = summary.picked(records)
+    heading = f"{title}: times in ms; GB/s, share of copy and speed-ups of {picked}, which fastreg picks"
     # No frame and the short names, or the table would need more columns than a terminal has.
-    table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     columns = summary.case_columns(providers, str)
     for position, (name, _) in enumerate(columns):
         table.add_column(name, justify="left" if position < 3 else "right", no_wrap=True)

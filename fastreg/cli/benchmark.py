@@ -41,7 +41,7 @@ class Plan:
     device: torch.device
     cases: tuple[Case, ...]
     complete: bool
-    seconds: float = 4.0
+    seconds: float = 8.0
     host: bool = True
 
     @property

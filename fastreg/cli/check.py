@@ -83,7 +83,7 @@ def _try(outcome: Outcome, shape: tuple[int, int]) -> None:
         return
     found = judge({"": first}, problem.truth())[""]
     outcome.budget_used = max(outcome.budget_used, found.budget_used)
-    refusal = found.refusal(peer=False, dtype=outcome.dtypes[0])
+    refusal = found.refusal(peer=False)
     if refusal is not None:
         outcome.failures.append(f"{shape}: {refusal}")
     changed = [name for name, result in first.items() if not torch.equal(result, second[name])]

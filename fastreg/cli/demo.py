@@ -44,7 +44,7 @@ class Plan:
     compile: bool = True
 
     def cases(self, device: torch.device) -> list[Case]:
-        """The kernel table's cases: both ops, fp32 on the CPU and bf16 as well on all but the first shape there."""
+        """The kernel table's cases: both ops, in fp32 and bf16."""
         shapes = self.kernel_shapes or KERNEL_SHAPES[device.type]
         return [
             Case(op, rows, hidden_size, dtype)
@@ -187,11 +187,9 @@ def _kernels(plan: Plan, device: torch.device, console: Console, progress: Progr
         document["cases"] += measure(case, device, clock, plan.kernel_seconds, choose=choose).records()
         progress.advance(task)
     progress.remove_task(task)
+    console.print("\n[bold]3. Kernels[/bold]: medians of rounds in which all take turns")
     console.print(
-        "\n[bold]3. Kernels[/bold]: medians of rounds in which all take turns; GB/s is the op's minimum"
-    )
-    console.print(
-        "traffic over the time, 'of copy' its share of the rate of a copy of the input, in the same rounds"
+        "GB/s: the op's minimum traffic over the time; copy: the share of a copy's rate in the same rounds"
     )
     providers = summary.timed_providers(document)
     for op in dict.fromkeys(case.op for case in cases):

@@ -7,8 +7,9 @@ unit in the last place of its own dtype, plus sixteen fp32 roundings of the term
 
 (the first part is 0 for fp32 and fp64; for fp64 the unit is 2^-53, twice, since the exact value is itself computed in
 fp64). fastreg has to stay within it. Other libraries are the yardstick of speed and not on trial: they only have to
-compute the same thing, so their error is held against the largest value of each result. That allowance is wide in half
-precision because torch's layer norm on the CPU adds the parameters' gradients up in that dtype and is 5 % off.
+compute the same thing, so their error is held against the largest value of each result. For sums over rows in half
+precision that allowance is wide, because torch's layer norm on the CPU adds the parameters' gradients up in that dtype:
+bfloat16 over 8192 rows is 5 to 19 % off, by the number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 import torch
 
 ROUNDINGS = 16
-PEER_ALLOWANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.125, torch.bfloat16: 0.125}
+PEER_ALLOWANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 0.03}
+PEER_ALLOWANCE_OF_SUMS = {**PEER_ALLOWANCE, torch.float16: 0.4, torch.bfloat16: 0.4}
 
 Results = Mapping[str, torch.Tensor]
 """What one call returned, by name: "output", "grad_input", "grad_weight", ..."""
@@ -34,7 +36,7 @@ class Exact:
         name: which result.
         value: the exact value in float64.
         terms: the sum of the absolute values of the terms added to make each element.
-        rows: the rows of the flattened result that ``value`` covers; None for all of it.
+        rows: the rows of the flattened result that ``value`` covers; None for a sum over all rows.
     """
 
     name: str
@@ -50,16 +52,18 @@ class Verdict:
     Attributes:
         budget_used: as a share of its rounding budget; infinity where it is not a number or there is no such element.
         relative_error: as a share of the largest value of its result.
+        allowance_used: that, as a share of what another library is allowed.
         worst: the name of the result that uses most of its budget.
     """
 
     budget_used: float = 0.0
     relative_error: float = 0.0
+    allowance_used: float = 0.0
     worst: str = ""
 
-    def refusal(self, peer: bool, dtype: torch.dtype) -> str | None:
+    def refusal(self, peer: bool) -> str | None:
         """Why these results may not be timed, or None."""
-        if peer and not self.relative_error <= PEER_ALLOWANCE[dtype]:
+        if peer and not self.allowance_used <= 1:
             return f"{self.worst} is off by {self.relative_error:.2g} of its largest value"
         if not peer and not self.budget_used <= 1:
             return f"{self.worst} is off by {self.budget_used:.3g} times its rounding budget"
@@ -72,7 +76,7 @@ def verdict(actual: torch.Tensor, exact: Exact) -> Verdict:
     if exact.rows is not None:
         found = found.reshape(-1, found.shape[-1])[exact.rows]
     if found.shape != exact.value.shape:
-        return Verdict(math.inf, math.inf, exact.name)
+        return Verdict(math.inf, math.inf, math.inf, exact.name)
     if found.numel() == 0:
         return Verdict()
     limits = torch.finfo(found.dtype)
@@ -84,7 +88,8 @@ def verdict(actual: torch.Tensor, exact: Exact) -> Verdict:
     largest = exact.value.abs().max().clamp_min(limits.smallest_normal)
     shares = [float((error / allowed).max()), float(error.max() / largest)]
     used, relative = (math.inf if math.isnan(share) else share for share in shares)
-    return Verdict(used, relative, exact.name)
+    allowance = PEER_ALLOWANCE_OF_SUMS if exact.rows is None else PEER_ALLOWANCE
+    return Verdict(used, relative, relative / allowance[found.dtype], exact.name)
 
 
 def judge(candidates: Mapping[str, Results], truth: Iterable[Exact]) -> dict[str, Verdict]:
@@ -96,6 +101,7 @@ def judge(candidates: Mapping[str, Results], truth: Iterable[Exact]) -> dict[str
             worst[name] = Verdict(
                 max(known.budget_used, found.budget_used),
                 max(known.relative_error, found.relative_error),
+                max(known.allowance_used, found.allowance_used),
                 found.worst if found.budget_used > known.budget_used else known.worst,
             )
     return worst

@@ -121,7 +121,7 @@ def _gated(problem: Problem, providers: Sequence[Provider]) -> tuple[list[Provid
             "relative_error": float(f"{found.relative_error:.3g}"),
         }
         peer = next(provider.peer for provider in providers if provider.name == name)
-        refusal = found.refusal(peer, problem.input.dtype)
+        refusal = found.refusal(peer)
         if refusal is not None:
             notes[name]["refused"] = refusal
     passed = [p for p in providers if not {"refused", "failed"} & notes[p.name].keys()]

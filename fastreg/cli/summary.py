@@ -134,9 +134,9 @@ def case_columns(providers: Sequence[str], label: Callable[[str], str]) -> list[
         ("direction", lambda record: str(record["direction"])),
         *((label(name), time_of(name)) for name in providers),
         ("GB/s", lambda record: number(rate(record))),
-        ("of copy", lambda record: percent(share(record))),
-        ("vs eager", lambda record: times(ratio(record, EAGER))),
-        ("vs compile", lambda record: times(ratio(record, COMPILE))),
+        ("copy", lambda record: percent(share(record))),
+        ("x eager", lambda record: times(ratio(record, EAGER))),
+        ("x compile", lambda record: times(ratio(record, COMPILE))),
     ]
 
 
@@ -185,7 +185,8 @@ def machine_line(document: Record) -> str:
     machine, versions = document["machine"], document["versions"]
     parts = [machine["name"]]
     if machine["device"] == "cpu":
-        parts.append(f"{machine['threads']} threads, {machine['instruction_set']}")
+        threads = machine["threads"]
+        parts.append(f"{threads} thread{'s' if threads > 1 else ''}, {machine['instruction_set']}")
     else:
         parts.append(f"driver {machine['driver']}, CUDA {versions['cuda']}")
     parts += [f"torch {versions['torch']}", f"triton {versions['triton'] or 'not installed'}"]
