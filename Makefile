@@ -15,7 +15,8 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # The architecture of this machine's GPU. Without one nothing runs the kernels, but all four must compile without spills.
-GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+  | grep -E '^[0-9]+\.[0-9]+$$' | head -1 | tr -d .)
 CUDA_ARCHITECTURES ?= $(or $(GPU_ARCHITECTURE),80;90;100;120)
 
 BIN := $(VENV)/bin
@@ -24,19 +25,19 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # NVIDIA's compiler from PyPI, where there is none.
 NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
 
-BACKENDS := reference native triton cuda_sim
+BACKENDS := triton cuda_sim reference native
 
 .DELETE_ON_ERROR:
 .PHONY: demo test bench native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%)
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
-# What was installed is kept in the stamp itself: a changed requirements file installs again, a second run does not.
+# The stamp is as old as the installation: a changed requirements file installs again, a second run does not.
 $(VENV)/installed.txt: requirements/development.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastreg needs Python 3.10 or newer, but $(PYTHON) is " \
 	  + sys.version.split()[0] + ": make PYTHON=/path/to/python3.10")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment;" \
-	  "on Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual" \
+	  "environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	@echo "installing $< into $(VENV) (torch is large: this takes a few minutes, once)"
 	@$(INSTALL) -r $<
 	@cp $< $@
@@ -72,9 +73,11 @@ demo: $(USABLE)
 bench: $(USABLE)
 	$(BIN)/python -m bench
 
-# One run for each backend; what does not depend on a backend is tested with the first. All parts run, even if one fails.
+# One run for each backend, the longest first, two at a time; what does not depend on a backend is tested with the
+# reference. A part's output is shown when it ends, and all parts run even if one fails.
 test: native-cuda
-	@$(MAKE) --no-print-directory --keep-going $(BACKENDS:%=test-%)
+	@echo "testing the backends $(BACKENDS): some minutes; each one's output follows when it is done"
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(BACKENDS:%=test-%)
 
 $(BACKENDS:%=test-%): test-%: native-cuda
 	$(BIN)/python -m pytest tests --backend $* --durations 5 --junit-xml build/tests/$*.xml

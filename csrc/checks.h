@@ -1,8 +1,9 @@
 // What every native door asks of its tensors, once, above the split into CPU and CUDA.
 //
-// Each tensor is looked at through a handful of C calls of torch's stable ABI, which read metadata and allocate nothing;
-// the answers are kept in plain structs, so that a kernel launcher never touches a torch type. A violated contract raises
-// std::runtime_error (Python's RuntimeError) with a sentence that names the op and the tensor.
+// Each tensor is looked at through a handful of C calls of torch's stable ABI, which read metadata and
+// allocate nothing; the answers are kept in plain structs, so that a kernel launcher never touches a torch
+// type. A violated contract raises std::runtime_error (Python's RuntimeError) with a sentence that names the
+// op and the tensor.
 
 #pragma once
 
@@ -39,7 +40,7 @@ inline void check_call(AOTITorchError status, const char* op, const char* action
   }
 }
 
-// --- dtypes -----------------------------------------------------------------------------------------------------------
+// --- dtypes ------------------------------------------------------------------------------------------------
 
 // torch's numbers for the dtypes are not part of its ABI, functions give them; they are asked for once.
 struct TorchDTypes {
@@ -79,7 +80,7 @@ inline DType dtype_of(const Tensor& tensor, const char* op, const char* name) {
   fail(op, name, " must be float32, bfloat16, float16 or float64.");
 }
 
-// --- devices ----------------------------------------------------------------------------------------------------------
+// --- devices -----------------------------------------------------------------------------------------------
 
 struct Device {
   int32_t type;
@@ -95,10 +96,10 @@ inline Device device_of(const Tensor& tensor, const char* op) {
   return device;
 }
 
-// --- tensors seen as rows ---------------------------------------------------------------------------------------------
+// --- tensors seen as rows ----------------------------------------------------------------------------------
 
-// A tensor that can be viewed as (rows, hidden) with strides (row_stride, 1), in elements. row_stride is 0 for an
-// expanded tensor, more than `hidden` for a slice. `data` is only aligned to the element.
+// A tensor that can be viewed as (rows, hidden) with strides (row_stride, 1), in elements. row_stride is 0
+// for an expanded tensor, more than `hidden` for a slice. `data` is only aligned to the element.
 struct RowView {
   const void* data;
   const int64_t* sizes;
@@ -127,8 +128,8 @@ inline RowView row_view(const Tensor& tensor, int64_t normalized_ndim, const cha
          normalized_ndim, ".");
   }
 
-  // Dimensions of size 1 have meaningless strides. Each other one must continue where the next inner one ends; among
-  // the rows the innermost is free, and its stride is the row stride.
+  // Dimensions of size 1 have meaningless strides. Each other one must continue where the next inner one
+  // ends; among the rows the innermost is free, and its stride is the row stride.
   bool regular = true;
   view.hidden = 1;
   int64_t dimension = view.dimensions - 1;
@@ -170,7 +171,7 @@ inline void check_like(const RowView& view, const RowView& input, const char* op
   }
 }
 
-// --- parameters and statistics ----------------------------------------------------------------------------------------
+// --- parameters and statistics -----------------------------------------------------------------------------
 
 // A contiguous vector: weight, bias or saved statistics. `given` is false for a parameter that was None.
 struct VectorView {
@@ -201,7 +202,8 @@ inline VectorView vector_view(const Tensor& tensor, int64_t elements, const RowV
   return view;
 }
 
-// weight or bias: one element a column; fp64 goes with fp64 only, because a mix would need a third set of kernels.
+// weight or bias: one element a column; fp64 goes with fp64 only, because a mix would need a third set of
+// kernels.
 inline VectorView parameter_view(const std::optional<Tensor>& tensor, const RowView& input, const char* op,
                                  const char* name) {
   if (!tensor.has_value()) {
@@ -215,7 +217,8 @@ inline VectorView parameter_view(const std::optional<Tensor>& tensor, const RowV
   return view;
 }
 
-inline VectorView statistics_view(const Tensor& tensor, int64_t values_per_row, const RowView& input, const char* op) {
+inline VectorView statistics_view(const Tensor& tensor, int64_t values_per_row, const RowView& input,
+                                  const char* op) {
   const VectorView view = vector_view(tensor, values_per_row * input.rows, input, op, "statistics");
   if (view.dtype != accumulation_dtype(input.dtype)) {
     fail(op, "statistics must be ", name_of(accumulation_dtype(input.dtype)), ".");
@@ -223,7 +226,7 @@ inline VectorView statistics_view(const Tensor& tensor, int64_t values_per_row, 
   return view;
 }
 
-// --- outputs ----------------------------------------------------------------------------------------------------------
+// --- outputs -----------------------------------------------------------------------------------------------
 
 inline void contiguous_strides(const int64_t* sizes, int64_t dimensions, int64_t* strides) {
   int64_t stride = 1;
@@ -234,11 +237,13 @@ inline void contiguous_strides(const int64_t* sizes, int64_t dimensions, int64_t
 }
 
 // A fresh contiguous tensor, uninitialised.
-inline Tensor new_tensor(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, const char* op) {
+inline Tensor new_tensor(const int64_t* sizes, int64_t dimensions, DType dtype, Device device,
+                         const char* op) {
   int64_t strides[maximum_dimensions];
   contiguous_strides(sizes, dimensions, strides);
   AtenTensorHandle handle = nullptr;
-  check_call(aoti_torch_empty_strided(dimensions, sizes, strides, torch_dtype(dtype), device.type, device.index, &handle),
+  check_call(aoti_torch_empty_strided(dimensions, sizes, strides, torch_dtype(dtype), device.type,
+                                      device.index, &handle),
              op, "allocate an output");
   return Tensor(handle);
 }

@@ -1,7 +1,7 @@
 // The element types fastreg computes with, as one enumeration shared by the doors and the kernels.
 //
-// Nothing here depends on torch, CUDA or the standard library: this header is included by device code and by the CPU
-// kernels, which are compiled once per instruction set and must not emit shared inline functions.
+// Nothing here depends on torch, CUDA or the standard library: this header is included by device code and by
+// the CPU kernels, which are compiled once per instruction set and must not emit shared inline functions.
 
 #pragma once
 

@@ -1,7 +1,7 @@
 // Scalar formulae of the norms, shared by host and device.
 //
-// Every function is forced inline: the CPU kernels are compiled once per instruction set, and an out-of-line copy made for
-// the widest of them must never be the one the linker keeps.
+// Every function is forced inline: the CPU kernels are compiled once per instruction set, and an out-of-line
+// copy made for the widest of them must never be the one the linker keeps.
 
 #pragma once
 
@@ -21,8 +21,8 @@ struct Moments {
   Scalar squares;
 };
 
-// Chan, Golub and LeVeque's pairwise update: the moments of two parts together. Exact in the counts, free of the
-// cancellation of E[x^2] - E[x]^2. Merging in a fixed order gives equal bits whoever computed the parts.
+// Chan, Golub and LeVeque's pairwise update: the moments of two parts together. Exact in the counts, free of
+// the cancellation of E[x^2] - E[x]^2. Merging in a fixed order gives equal bits whoever computed the parts.
 template <class Scalar>
 FASTREG_INLINE Moments<Scalar> merge(const Moments<Scalar>& left, const Moments<Scalar>& right) {
   const Scalar count = left.count + right.count;
@@ -38,7 +38,8 @@ FASTREG_INLINE Moments<Scalar> merge(const Moments<Scalar>& left, const Moments<
 FASTREG_INLINE float square_root(float value) { return __builtin_sqrtf(value); }
 FASTREG_INLINE double square_root(double value) { return __builtin_sqrt(value); }
 
-// rstd of both norms: `squares` is the sum of squared deviations (layer norm) or of squares (rms norm) of `count` elements.
+// rstd of both norms: `squares` is the sum of squared deviations (layer norm) or of squares (rms norm) of
+// `count` elements.
 template <class Scalar>
 FASTREG_INLINE Scalar reciprocal_deviation(Scalar squares, Scalar count, Scalar eps) {
   return Scalar(1) / square_root(squares / count + eps);

@@ -14,13 +14,21 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def select(backend: str, device: str) -> None:
     """Ask for ``backend`` for the whole test session, making the simulator known first if it is that one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU")
     if backend == "cuda_sim":
         from cuda_sim import backend as cuda_sim
 
         cuda_sim.register()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: torch sees no GPU")
+    reason = backends.unavailable(backend, "layer_norm", device, torch.float32)
+    if reason is not None:
+        raise RuntimeError(reason)
     backends.use(backend)
+
+
+def emulated(backend: str, device: str) -> bool:
+    """Whether GPU kernels run on the CPU, one interpreted program or simulated thread after the other."""
+    return device == "cpu" and backend in ("triton", "cuda_sim")
 
 
 def serves_float64(backend: str, device: str) -> bool:
@@ -35,4 +43,5 @@ def dtypes_for(backend: str, device: str, only: str | None) -> list[torch.dtype]
 
 def cases_for(spec: OpSpec, backend: str, device: str, only: str | None) -> list[Case]:
     dtypes = dtypes_for(backend, device, only)
-    return [case for case in cases(spec) if case.mix.input in dtypes]
+    interpreted = backend == "triton" and device == "cpu"
+    return [case for case in cases(spec, sparse=interpreted) if case.mix.input in dtypes]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,9 +168,14 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def covering(
-    factors: Mapping[str, Sequence[Any]], seed: int = 0, candidates: int = 24
+    factors: Mapping[str, Sequence[Any]],
+    apart: Collection[tuple[str, str]] = (),
+    seed: int = 0,
+    candidates: int = 24,
 ) -> list[dict[str, Any]]:
     """A small list of choices of one level a factor in which every pair of levels of two factors occurs.
+
+    The pairs of factors in ``apart`` are spared: their levels meet only by chance.
 
     Greedy: each new choice starts from a pair that is still missing and is the best of a few random completions.
     """
@@ -181,6 +186,7 @@ def covering(
     missing = {
         ((first, a), (second, b))
         for first, second in itertools.combinations(positions, 2)
+        if (names[first], names[second]) not in apart
         for a in levels[first]
         for b in levels[second]
     }

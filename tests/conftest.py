@@ -22,7 +22,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from backend_under_test import BACKENDS, cases_for, dtypes_for, select
+from backend_under_test import BACKENDS, cases_for, dtypes_for, emulated, select
 from fastreg import backends
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "backend_independent: runs once, under --backend reference --device cpu"
     )
-    config.addinivalue_line("markers", "gpu_only: runs with --device cuda")
+    config.addinivalue_line("markers", "only(backend=..., device=...): runs with these options alone")
     backend, device = config.getoption("--backend"), config.getoption("--device")
     if backend == "cuda_sim" and device == "cuda":
         raise pytest.UsageError(
@@ -53,7 +53,10 @@ def pytest_configure(config: pytest.Config) -> None:
         import triton_interpreter
 
         triton_interpreter.install()
-    select(backend, device)
+    try:
+        select(backend, device)
+    except (RuntimeError, OSError) as reason:
+        pytest.exit(f"the {backend} backend cannot be tested on {device}: {reason}", returncode=3)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -80,26 +83,33 @@ def _same_state_after_each_test(pytestconfig: pytest.Config) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise the ``case`` of an op's suite, and ``dtype`` anywhere, with what the backend under test serves."""
+    """Parametrise ``case``, ``dtype`` and ``threads`` with what means something to the backend under test."""
     backend, device = metafunc.config.getoption("--backend"), metafunc.config.getoption("--device")
     only = metafunc.config.getoption("--dtype")
     if "case" in metafunc.fixturenames and metafunc.cls is not None:
         chosen = cases_for(metafunc.cls.spec, backend, device, only)
         metafunc.parametrize("case", chosen, ids=str)
+    if "threads" in metafunc.fixturenames:
+        metafunc.parametrize("threads", [1] if emulated(backend, device) else [1, 2, 3])
     if "dtype" in metafunc.fixturenames:
         dtypes = dtypes_for(backend, device, only)
         metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    on_gpu = config.getoption("--device") == "cuda"
-    unwanted = set() if on_gpu else {"gpu_only"}
-    if on_gpu or config.getoption("--backend") != "reference":
-        unwanted.add("backend_independent")
-    dropped = [item for item in items if any(item.get_closest_marker(marker) for marker in unwanted)]
+    options = {name: config.getoption(f"--{name}") for name in ("backend", "device")}
+    once = options == {"backend": "reference", "device": "cpu"}
+
+    def belongs(item: pytest.Item) -> bool:
+        if item.get_closest_marker("backend_independent") and not once:
+            return False
+        markers = item.iter_markers("only")
+        return all(options[name] == value for marker in markers for name, value in marker.kwargs.items())
+
+    dropped = [item for item in items if not belongs(item)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if item not in set(dropped)]
+        items[:] = [item for item in items if belongs(item)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -46,14 +46,22 @@ class RowNormSuite(OpSuite):
 
     # --- sizes ---
 
-    @pytest.mark.parametrize("size", LONG_ROWS, ids=str)
-    @pytest.mark.parametrize(("low", "data"), [(torch.float32, "offset"), (torch.bfloat16, "plain")], ids=str)
+    @pytest.mark.parametrize(
+        ("size", "low", "data"),
+        [
+            (size, low, data)
+            for place, size in enumerate(LONG_ROWS)
+            for low, data in ((torch.float32, "offset"), (torch.bfloat16, "plain"))
+            # Both for the shorter ones; they take turns where a row costs an emulated backend seconds.
+            if place < 3 or (place % 2 == 0) == (low == torch.bfloat16)
+        ],
+        ids=str,
+    )
     def test_long_rows(self, size: Size, low: torch.dtype, data: str, device: str) -> None:
         check_case(self.spec, self.case_of(size, low, data=data), device)
 
-    @pytest.mark.parametrize("size", MANY_ROWS, ids=str)
-    def test_more_rows_than_a_grid_dimension_holds(self, size: Size, device: str) -> None:
-        check_case(self.spec, self.case_of(size, torch.float32), device)
+    def test_more_rows_than_a_grid_dimension_holds(self, device: str) -> None:
+        check_case(self.spec, self.case_of(MANY_ROWS, torch.float32), device)
 
     @pytest.mark.parametrize("shape", [(0, 5), (3, 0, 5), (0, 257)], ids=str)
     def test_no_rows(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:

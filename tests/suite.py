@@ -33,7 +33,7 @@ class OpSpec:
         parameter_shape: the shape of a parameter in a case.
         exact: the exact values of "output", of "saved", a tuple of parts that the operator saves for backward, and of
             "grad_<name>" for the input and each parameter.
-        forward: (case, tensors) to the arguments of ``fastreg::<name>_fwd``.
+        forward: (case, tensors) to the arguments of ``fastreg::<name>_fwd``, laid out as that operator requires.
         backward: (case, tensors, saved) to the arguments of ``fastreg::<name>_bwd`` without the mask.
         split_saved: the saved tensor as the parts that ``exact`` describes, by name.
     """
@@ -69,8 +69,13 @@ def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(name for place, name in enumerate(names) if mask >> place & 1) for mask in masks]
 
 
-def cases(spec: OpSpec) -> list[Case]:
-    """The covering choice of cases for an op, the ordinary ones first."""
+def cases(spec: OpSpec, sparse: bool = False) -> list[Case]:
+    """The covering choice of cases for an op, the ordinary ones first.
+
+    ``sparse`` is for a backend a hundred times slower than the others: sizes then meet dtypes, layouts and wanted
+    gradients by chance only, which more than halves the number of cases; all other pairs still occur.
+    """
+    by_chance = [("size", name) for name in ("mix", "layout", "grad_layout", "wanted")]
     choices = covering(
         {
             "size": spec.sizes,
@@ -81,7 +86,8 @@ def cases(spec: OpSpec) -> list[Case]:
             "data": list(DATA),
             "wanted": subsets(spec.differentiable),
             "arguments": spec.options,
-        }
+        },
+        apart=by_chance if sparse else (),
     )
     chosen = [
         Case(**{**choice, "arguments": {**choice["size"].arguments, **choice["arguments"]}})
@@ -143,20 +149,11 @@ def run(spec: OpSpec, case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
 def run_operators(spec: OpSpec, case: Case, tensors: Tensors) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What the operators ``fastreg::`` return for the case's mask: results named as in ``run``, and what was saved."""
     namespace = torch.ops.fastreg
-    # The operators' side of the contract: rows of adjacent elements, contiguous parameters.
-    regular: Tensors = dict(tensors)
-    for name in ("input", "grad_output"):
-        tensor = tensors[name]
-        if tensor is not None and tensor.numel() and not (tensor.stride(-1) == 1 and tensor.dim() == 2):
-            regular[name] = tensor.contiguous()
-    for name in spec.parameters:
-        tensor = tensors[name]
-        regular[name] = None if tensor is None else tensor.contiguous()
-    output, saved = getattr(namespace, f"{spec.name}_fwd")(*spec.forward(case, regular))
+    output, saved = getattr(namespace, f"{spec.name}_fwd")(*spec.forward(case, tensors))
     results = {"output": output}
     wanted = wanted_names(case, tensors)
     mask = [name in wanted for name in spec.differentiable]
-    gradients = getattr(namespace, f"{spec.name}_bwd")(*spec.backward(case, regular, saved), mask)
+    gradients = getattr(namespace, f"{spec.name}_bwd")(*spec.backward(case, tensors, saved), mask)
     for name, asked, gradient in zip(spec.differentiable, mask, gradients, strict=True):
         if asked:
             results[f"grad_{name}"] = gradient
@@ -186,7 +183,6 @@ def check_tensors(spec: OpSpec, case: Case, tensors: Tensors) -> None:
     exact = spec.exact(case, tensors)
     with unwritten_memory_is_nan():
         results = run(spec, case, tensors)
-        again = run(spec, case, tensors)
         raw, saved = run_operators(spec, case, tensors)
     for name, tensor in before.items():
         now = tensors[name]
@@ -196,9 +192,9 @@ def check_tensors(spec: OpSpec, case: Case, tensors: Tensors) -> None:
         check(name, result, exact[name])
         if name in ("output", "grad_input") and not result.is_contiguous():
             raise Rejected(f"{name} is not contiguous: strides {result.stride()}")
-        if not same_bits(result, again[name]):
+        # The operators are the second run of the same kernels on the same tensors.
+        if not same_bits(result, raw[name]):
             raise Rejected(f"{name} differs between two runs")
-        check(f"{name} of the operator", raw[name], exact[name])
     for name, part in spec.split_saved(saved).items():
         check(name, part, exact[name])
 

@@ -11,7 +11,10 @@ from cases import Case, Mix, Size
 from specs import SPECS
 from suite import OpSpec, Tensors, make_tensors, plain_case, same_bits
 
-pytestmark = [pytest.mark.gpu_only, pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)]
+pytestmark = [
+    pytest.mark.only(device="cuda"),
+    pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name),
+]
 
 LOW = torch.bfloat16
 

@@ -187,7 +187,6 @@ def _is_bf16(handle: Any) -> bool:
 
 
 def _refuse_bf16(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
     def compute(self: Any, *arguments: Any, **options: Any) -> Any:
         if any(_is_bf16(argument) for argument in arguments):
             raise Unfaithful(
@@ -364,11 +363,12 @@ def install() -> None:
         found = tuple(inspect.signature(original).parameters) if original is not None else ()
         if original is None or found[: len(parameters)] != parameters:
             raise InterpreterChanged(
-                f"triton {triton.__version__}: {owner.__name__}.{name} takes {found or 'no longer exists'}, "
-                f"expected {parameters}"
+                f"triton {triton.__version__}: {owner.__name__}.{name} should take {parameters} and more, "
+                + (f"takes {found}" if original is not None else "no longer exists")
             )
     for owner, name, replacement, _ in _REPLACEMENTS:
-        setattr(owner, name, replacement(getattr(owner, name)))
+        original = getattr(owner, name)
+        setattr(owner, name, wraps(original)(replacement(original)))
     _installed = True
     prove()
 

@@ -27,8 +27,8 @@ constexpr int64_t maximum_retained = int64_t{256} << 20;
 constexpr int64_t retained_fraction = 16;
 constexpr size_t maximum_blocks = 64;
 
-// Eight sizes from one power of two to the next: a block is at most an eighth larger than asked for, and outputs whose
-// lengths differ a little (a last batch, a longer sentence) share blocks.
+// Eight sizes from one power of two to the next: a block is at most an eighth larger than asked for, and
+// outputs whose lengths differ a little (a last batch, a longer sentence) share blocks.
 int64_t block_bytes(int64_t bytes) {
   int64_t step = large_scratch / 8;
   while (step * 16 <= bytes) {
@@ -48,7 +48,8 @@ class BlockPool {
   void* allocate(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(), [&](const Block& block) { return block.bytes == bytes; });
+      const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(),
+                                      [&](const Block& block) { return block.bytes == bytes; });
       if (found != blocks_.rend()) {
         void* const data = found->data;
         retained_ -= bytes;
@@ -56,15 +57,21 @@ class BlockPool {
         return data;
       }
     }
-    void* const data = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) {
+    void* data = map(bytes);
+    if (data == nullptr) {
       clear();  // what lies here unused may be what is missing
+      data = map(bytes);
+    }
+    if (data == nullptr) {
       throw std::bad_alloc();
     }
     return data;
   }
 
   void release(void* data, int64_t bytes) {
+    if (bytes > limit_) {
+      return unmap({{data, bytes}});
+    }
     std::vector<Block> evicted;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -103,6 +110,12 @@ class BlockPool {
     pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
   }
 
+  static void* map(int64_t bytes) {
+    void* const data =
+        mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return data == MAP_FAILED ? nullptr : data;
+  }
+
   static void unmap(const std::vector<Block>& blocks) {
     for (const Block& block : blocks) {
       munmap(block.data, static_cast<size_t>(block.bytes));
@@ -115,7 +128,9 @@ class BlockPool {
   int64_t limit_ = 0;
 };
 
-void release_block(void* data, void* bytes) { BlockPool::get().release(data, reinterpret_cast<intptr_t>(bytes)); }
+void release_block(void* data, void* bytes) {
+  BlockPool::get().release(data, reinterpret_cast<intptr_t>(bytes));
+}
 
 void empty_cache() { BlockPool::get().clear(); }
 
@@ -133,14 +148,15 @@ bool is_resident(const void* data, int64_t bytes) {
   return true;
 }
 
-Tensor new_pooled(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, int64_t bytes, const char* op) {
+Tensor new_pooled(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, int64_t bytes,
+                  const char* op) {
   int64_t strides[maximum_dimensions];
   contiguous_strides(sizes, dimensions, strides);
   void* const data = BlockPool::get().allocate(bytes);
   AtenTensorHandle handle = nullptr;
-  const AOTITorchError status =
-      torch_from_blob(data, dimensions, sizes, strides, 0, torch_dtype(dtype), device.type, device.index, &handle,
-                      aoti_torch_layout_strided(), nullptr, 0, release_block, reinterpret_cast<void*>(bytes));
+  const AOTITorchError status = torch_from_blob(
+      data, dimensions, sizes, strides, 0, torch_dtype(dtype), device.type, device.index, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, release_block, reinterpret_cast<void*>(bytes));
   if (status != 0) {
     BlockPool::get().release(data, bytes);
   }

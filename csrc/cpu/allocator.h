@@ -1,12 +1,13 @@
 // Memory for large CPU outputs, recycled.
 //
-// The C library maps a large array afresh and gives it back as soon as it is freed, so that each call of an op pays for the
-// kernel to find and zero every page again: for a norm of 32 MiB five times the cost of the norm itself. Blocks for outputs
-// from `large_output` on are therefore kept for the next output of their size, up to a fixed total, and the least recently
-// used go first. Smaller outputs come from torch: they live in the caches, where memory that another op has just freed is
-// worth more than memory of our own. Tensors made of blocks own them through a deleter: they stay valid after empty_cache(),
-// in other threads and after a fork. They differ from torch's own in one point: like those of torch.from_numpy, their storage
-// cannot be enlarged in place.
+// The C library maps a large array afresh and gives it back as soon as it is freed, so that each call of an
+// op pays for the kernel to find and zero every page again: for a norm of 32 MiB five times the cost of the
+// norm itself. Blocks for outputs from `large_output` on are therefore kept for the next output of their
+// size, up to a fixed total, and the least recently used go first. Smaller outputs come from torch: they live
+// in the caches, where memory that another op has just freed is worth more than memory of our own. Tensors
+// made of blocks own them through a deleter: they stay valid after empty_cache(), in other threads and after
+// a fork. They differ from torch's own in one point: like those of torch.from_numpy, their storage cannot be
+// resized.
 
 #pragma once
 

@@ -17,10 +17,12 @@ bool supported(Simd simd) {
 #if defined(__x86_64__)
   switch (simd) {
     case Simd::avx512:
-      return supported(Simd::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      return supported(Simd::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vl");
     case Simd::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     default:
       return true;
   }
@@ -52,7 +54,8 @@ void set_simd(std::string name) {
       return;
     }
   }
-  throw std::runtime_error("fastreg_native::set_simd: expected baseline, avx2 or avx512, but got " + name + ".");
+  throw std::runtime_error("fastreg_native::set_simd: expected baseline, avx2 or avx512, but got " + name +
+                           ".");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Which instruction set the CPU kernels use: the widest one of this machine, decided when the library is loaded; a test may
-// ask for a narrower one.
+// Which instruction set the CPU kernels use: the widest one of this machine, decided when the library is
+// loaded; a test may ask for a narrower one.
 
 #pragma once
 
@@ -17,9 +17,9 @@ Simd active_simd();
 
 // The object `name` of the variant in use: each namespace defines one, compiled for its instruction set.
 #if defined(__x86_64__)
-#define FASTREG_SIMD_VARIANT(name)                                   \
+#define FASTREG_SIMD_VARIANT(name)                                    \
   (::fastreg::active_simd() == ::fastreg::Simd::avx512 ? avx512::name \
-   : ::fastreg::active_simd() == ::fastreg::Simd::avx2 ? avx2::name  \
+   : ::fastreg::active_simd() == ::fastreg::Simd::avx2 ? avx2::name   \
                                                        : baseline::name)
 #else
 #define FASTREG_SIMD_VARIANT(name) baseline::name

@@ -1,8 +1,8 @@
 // Door of the CPU norms: checks, allocation, the split among threads, and layer norm's registration.
 //
-// Traffic over the activations: forward one read and one write, backward two reads and one write. Results do not depend on
-// the number of threads: work is cut into rows, chunks of rows and column blocks by shape alone, and whatever is summed
-// across them is summed in their order.
+// Traffic over the activations: forward one read and one write, backward two reads and one write. Results do
+// not depend on the number of threads: work is cut into rows, chunks of rows and column blocks by shape
+// alone, and whatever is summed across them is summed in their order.
 
 #include "layer_norm.h"
 
@@ -60,7 +60,8 @@ class ParameterRow {
       float* widened = static_cast<float*>(scratch_.reserve(count * static_cast<int64_t>(sizeof(float))));
       const ParameterKernels& kernels = FASTREG_SIMD_VARIANT(parameter_kernels);
       split(parts_of(count, strip_columns), thread_count(count), [&](int64_t begin, int64_t end) {
-        kernels.widen(parameter.dtype, parameter.data, widened, begin * strip_columns, std::min(end * strip_columns, count));
+        kernels.widen(parameter.dtype, parameter.data, widened, begin * strip_columns,
+                      std::min(end * strip_columns, count));
       });
       data_ = widened;
     }
@@ -96,8 +97,8 @@ void fill_nan(void* statistics, int64_t count, DType dtype) {
   }
 }
 
-// Whether an output goes past the caches: from this size on its reader, whoever that is, does not find it there anyway. (A
-// norm and its reader together: slower at 8 MB, equal at 16 MB, a tenth faster at 64 MB.)
+// Whether an output goes past the caches: from this size on its reader, whoever that is, does not find it
+// there anyway. (A norm and its reader together: slower at 8 MB, equal at 16 MB, a tenth faster at 64 MB.)
 bool streams(const void* output, const RowView& rows) {
   constexpr int64_t line = 64;
   const int64_t row_bytes = rows.hidden * element_size(rows.dtype);
@@ -105,31 +106,32 @@ bool streams(const void* output, const RowView& rows) {
          reinterpret_cast<uintptr_t>(output) % line == 0;
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward -----------------------------------------------------------------------------------------------
 
 void run_forward(const NormKernels& kernels, const NormForward& norm) {
   const int64_t threads = thread_count(norm.rows * norm.hidden);
-  const int64_t blocks = blocks_of(norm.hidden);
+  const int64_t blocks = parts_of(norm.hidden, kernels.columns_per_block);
   // Fewer than four rows a thread, and long ones: cut the rows themselves.
   if (threads > 1 && norm.rows < 4 * threads && blocks > 1) {
     const int64_t tiles = norm.rows * blocks;
     std::vector<Moments<double>> moments(static_cast<size_t>(tiles));
-    split(tiles, threads, [&](int64_t begin, int64_t end) { kernels.forward_moments(norm, moments.data(), begin, end); });
+    split(tiles, threads,
+          [&](int64_t begin, int64_t end) { kernels.forward_moments(norm, moments.data(), begin, end); });
     kernels.forward_statistics(norm, moments.data());
     split(tiles, threads, [&](int64_t begin, int64_t end) { kernels.forward_normalize(norm, begin, end); });
     return;
   }
   // Short rows are worked on in fours, and which four must not depend on the threads.
-  const int64_t unit = norm.hidden <= columns_per_grouped_row ? rows_per_group : 1;
+  const int64_t unit = norm.hidden <= kernels.columns_per_grouped_row ? rows_per_group : 1;
   split(parts_of(norm.rows, unit), threads, [&](int64_t begin, int64_t end) {
     kernels.forward_rows(norm, begin * unit, std::min(end * unit, norm.rows));
   });
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward ----------------------------------------------------------------------------------------------
 
-// Chunks of rows: enough of them to share among threads, long enough that their partial sums are small beside the rows. Few
-// chunks are a power of two, so that they share out evenly.
+// Chunks of rows: enough of them to share among threads, long enough that their partial sums are small beside
+// the rows. Few chunks are a power of two, so that they share out evenly.
 int64_t rows_per_chunk_of(int64_t rows) {
   int64_t chunks = parts_of(rows, std::clamp<int64_t>(rows / 64, 16, 128));
   if (chunks <= 16) {
@@ -140,7 +142,7 @@ int64_t rows_per_chunk_of(int64_t rows) {
 
 void run_backward(const NormKernels& kernels, const NormBackward& norm, int64_t chunks) {
   const int64_t threads = thread_count(norm.rows * norm.hidden);
-  const int64_t blocks = blocks_of(norm.hidden);
+  const int64_t blocks = parts_of(norm.hidden, kernels.columns_per_block);
   if (threads > 1 && chunks < threads && blocks > 1) {
     std::vector<RowSums> sums(static_cast<size_t>(norm.grad_input == nullptr ? 0 : norm.rows * blocks));
     split(chunks * blocks, threads,
@@ -157,26 +159,28 @@ void run_backward(const NormKernels& kernels, const NormBackward& norm, int64_t 
 void reduce_partials(const void* partials, int64_t chunks, int64_t hidden, DType dtype, void* target) {
   const ParameterKernels& kernels = FASTREG_SIMD_VARIANT(parameter_kernels);
   split(parts_of(hidden, strip_columns), thread_count(chunks * hidden), [&](int64_t begin, int64_t end) {
-    kernels.reduce(partials, chunks, hidden, dtype, target, begin * strip_columns, std::min(end * strip_columns, hidden));
+    kernels.reduce(partials, chunks, hidden, dtype, target, begin * strip_columns,
+                   std::min(end * strip_columns, hidden));
   });
 }
 
 }  // namespace
 
-// --- launchers --------------------------------------------------------------------------------------------------------
+// --- launchers ---------------------------------------------------------------------------------------------
 
 NormForwardResult norm_forward(NormKind kind, const char* op, const Tensor& input, int64_t normalized_ndim,
-                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
+                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                               double eps) {
   const RowView rows = row_view(input, normalized_ndim, op, "input");
   const VectorView weights = parameter_view(weight, rows, op, "weight");
   const VectorView biases = parameter_view(bias, rows, op, "bias");
 
   const DType statistics_dtype = accumulation_dtype(rows.dtype);
   const int64_t statistics_sizes[] = {2, rows.rows};
-  NormForwardResult result{
-      new_output(rows.sizes, rows.dimensions, rows.dtype, rows.device, op),
-      kind == NormKind::layer ? new_tensor(statistics_sizes, 2, statistics_dtype, rows.device, op)
-                              : new_tensor(statistics_sizes + 1, 1, statistics_dtype, rows.device, op)};
+  NormForwardResult result{new_output(rows.sizes, rows.dimensions, rows.dtype, rows.device, op),
+                           kind == NormKind::layer
+                               ? new_tensor(statistics_sizes, 2, statistics_dtype, rows.device, op)
+                               : new_tensor(statistics_sizes + 1, 1, statistics_dtype, rows.device, op)};
   void* const saved = data_of(result.statistics, op);
   if (rows.rows == 0 || rows.hidden == 0) {
     fill_nan(saved, (kind == NormKind::layer ? 2 : 1) * rows.rows, statistics_dtype);
@@ -187,24 +191,24 @@ NormForwardResult norm_forward(NormKind kind, const char* op, const Tensor& inpu
   const ParameterRow bias_row(biases, rows.hidden);
   const StatisticsRows statistics = statistics_rows(kind, saved, rows);
   void* const output = data_of(result.output, op);
-  run_forward(kernels_for(kind, rows.dtype),
-              NormForward{.input = rows.data,
-                          .weight = weight_row.data(),
-                          .bias = bias_row.data(),
-                          .output = output,
-                          .mean = statistics.mean,
-                          .rstd = statistics.rstd,
-                          .rows = rows.rows,
-                          .hidden = rows.hidden,
-                          .input_stride = rows.row_stride,
-                          .eps = eps,
-                          .streams = streams(output, rows)});
+  run_forward(kernels_for(kind, rows.dtype), NormForward{.input = rows.data,
+                                                         .weight = weight_row.data(),
+                                                         .bias = bias_row.data(),
+                                                         .output = output,
+                                                         .mean = statistics.mean,
+                                                         .rstd = statistics.rstd,
+                                                         .rows = rows.rows,
+                                                         .hidden = rows.hidden,
+                                                         .input_stride = rows.row_stride,
+                                                         .eps = eps,
+                                                         .streams = streams(output, rows)});
   return result;
 }
 
-NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& grad_output, const Tensor& input,
-                                 int64_t normalized_ndim, const Tensor& statistics, const std::optional<Tensor>& weight,
-                                 const std::optional<Tensor>& bias, NormMask mask) {
+NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& grad_output,
+                                 const Tensor& input, int64_t normalized_ndim, const Tensor& statistics,
+                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                 NormMask mask) {
   const RowView rows = row_view(input, normalized_ndim, op, "input");
   const RowView gradients = row_view(grad_output, normalized_ndim, op, "grad_output");
   check_like(gradients, rows, op, "grad_output");
@@ -214,7 +218,8 @@ NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& gr
   check_mask(mask.bias, biases, op, "bias");
   const VectorView saved = statistics_view(statistics, kind == NormKind::layer ? 2 : 1, rows, op);
 
-  const auto parameter_gradient = [&](bool wanted, const VectorView& parameter, const std::optional<Tensor>& like) {
+  const auto parameter_gradient = [&](bool wanted, const VectorView& parameter,
+                                      const std::optional<Tensor>& like) {
     return wanted ? new_like(*like, parameter.dtype, rows.device, op)
                   : empty_gradient(parameter.given ? parameter.dtype : rows.dtype, rows.device, op);
   };
@@ -253,7 +258,8 @@ NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& gr
     run_backward(kernels_for(kind, rows.dtype), norm, chunks);
   }
   if (mask.weight) {
-    reduce_partials(norm.weight_partials, chunks, rows.hidden, weights.dtype, data_of(result.grad_weight, op));
+    reduce_partials(norm.weight_partials, chunks, rows.hidden, weights.dtype,
+                    data_of(result.grad_weight, op));
   }
   if (mask.bias) {
     reduce_partials(norm.bias_partials, chunks, rows.hidden, biases.dtype, data_of(result.grad_bias, op));
@@ -261,22 +267,26 @@ NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& gr
   return result;
 }
 
-// --- layer norm -------------------------------------------------------------------------------------------------------
+// --- layer norm --------------------------------------------------------------------------------------------
 
 namespace {
 
-std::tuple<Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t normalized_ndim, const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t normalized_ndim,
+                                          const std::optional<Tensor>& weight,
                                           const std::optional<Tensor>& bias, double eps) {
-  NormForwardResult result = norm_forward(NormKind::layer, "layer_norm_fwd", input, normalized_ndim, weight, bias, eps);
+  NormForwardResult result =
+      norm_forward(NormKind::layer, "layer_norm_fwd", input, normalized_ndim, weight, bias, eps);
   return {std::move(result.output), std::move(result.statistics)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& grad_output, const Tensor& input, int64_t normalized_ndim,
-                                                  const Tensor& statistics, const std::optional<Tensor>& weight,
-                                                  const std::optional<Tensor>& bias, std::vector<bool> output_mask) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& grad_output, const Tensor& input,
+                                                  int64_t normalized_ndim, const Tensor& statistics,
+                                                  const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  std::vector<bool> output_mask) {
   NormBackwardResult result =
-      norm_backward(NormKind::layer, "layer_norm_bwd", grad_output, input, normalized_ndim, statistics, weight, bias,
-                    {output_mask.at(0), output_mask.at(1), output_mask.at(2)});
+      norm_backward(NormKind::layer, "layer_norm_bwd", grad_output, input, normalized_ndim, statistics,
+                    weight, bias, {output_mask.at(0), output_mask.at(1), output_mask.at(2)});
   return {std::move(result.grad_input), std::move(result.grad_weight), std::move(result.grad_bias)};
 }
 

@@ -1,5 +1,5 @@
-// The CPU norms' arguments and the table of kernels that each instruction set fills. No torch here: the kernel files include
-// this too.
+// The CPU norms' arguments and the table of kernels that each instruction set fills. No torch here: the
+// kernel files include this too.
 
 #pragma once
 
@@ -11,22 +11,12 @@
 
 namespace fastreg {
 
-// Columns of a row that are worked on together: 16 KiB of fp32, so a block read twice comes from the L1 cache the second
-// time. Long rows are a sequence of blocks whose sums are merged in order, in double: results do not depend on which
-// thread made which block.
-constexpr int64_t columns_per_block = 4096;
-
-// Rows that are worked on together: their sums overlap each other's latencies, and the weight gradients' partial sums are
-// loaded and stored once for all of them. The forward pass groups rows up to a length of which four fit the L1 cache.
+// Rows that are worked on together: their sums overlap each other's latencies, and the weight gradients'
+// partial sums are loaded and stored once for all of them.
 constexpr int rows_per_group = 4;
-constexpr int64_t columns_per_grouped_row = 2048;
 
-FASTREG_INLINE int64_t blocks_of(int64_t hidden) {
-  return (hidden + columns_per_block - 1) / columns_per_block;
-}
-
-// Pointers have the element type of the kernel table they are passed to; weight, bias, statistics and partial sums are fp32,
-// or fp64 in the fp64 table. Null: absent, or not wanted.
+// Pointers have the element type of the kernel table they are passed to; weight, bias, statistics and partial
+// sums are fp32, or fp64 in the fp64 table. Null: absent, or not wanted.
 struct NormForward {
   const void* input;
   const void* weight;
@@ -64,10 +54,14 @@ struct NormBackward {
   bool streams;  // as above, for grad_input
 };
 
-// Kernels for one element type. Rows, chunks and tiles are half-open ranges, so that any split among threads gives the same
-// bits; a tile is one column block of one row (or chunk), numbered row-major. forward_rows must begin at a multiple of
-// rows_per_group where rows are grouped.
+// Kernels for one element type. Rows, chunks and tiles are half-open ranges, so that any split among threads
+// gives the same bits; a tile is one column block of one row (or chunk), numbered row-major.
 struct NormKernels {
+  // Long rows are a sequence of blocks, whose sums are merged in order, in double.
+  int64_t columns_per_block;
+  // The forward pass groups rows up to this length; there forward_rows must begin at a multiple of
+  // rows_per_group.
+  int64_t columns_per_grouped_row;
   void (*forward_rows)(const NormForward&, int64_t begin_row, int64_t end_row);
   void (*forward_moments)(const NormForward&, Moments<double>* tiles, int64_t begin_tile, int64_t end_tile);
   void (*forward_statistics)(const NormForward&, const Moments<double>* tiles);

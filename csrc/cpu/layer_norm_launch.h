@@ -33,10 +33,12 @@ struct NormMask {
 };
 
 NormForwardResult norm_forward(NormKind kind, const char* op, const Tensor& input, int64_t normalized_ndim,
-                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps);
+                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                               double eps);
 
-NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& grad_output, const Tensor& input,
-                                 int64_t normalized_ndim, const Tensor& statistics, const std::optional<Tensor>& weight,
-                                 const std::optional<Tensor>& bias, NormMask mask);
+NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& grad_output,
+                                 const Tensor& input, int64_t normalized_ndim, const Tensor& statistics,
+                                 const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                 NormMask mask);
 
 }  // namespace fastreg

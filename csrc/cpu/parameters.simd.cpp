@@ -1,7 +1,7 @@
 // Kernels that read parameters and write their gradients, for one instruction set.
 //
-// The reduction reads each partial sum once, row after row, into a strip of double accumulators that stays in the L1 cache;
-// chunks are added in their order whatever the thread, so that two runs give equal bits.
+// The reduction reads each partial sum once, row after row, into a strip of double accumulators that stays in
+// the L1 cache; chunks are added in their order whatever the thread, so that two runs give equal bits.
 
 #include "parameters.h"
 
@@ -28,8 +28,8 @@ void widen_parameter(DType dtype, const void* source, float* target, int64_t beg
 }
 
 template <class Element>
-void reduce_columns(const Accumulator<Element>* partials, int64_t chunks, int64_t columns, Element* target, int64_t begin,
-                    int64_t end) {
+void reduce_columns(const Accumulator<Element>* partials, int64_t chunks, int64_t columns, Element* target,
+                    int64_t begin, int64_t end) {
   for (int64_t strip = begin; strip < end; strip += strip_columns) {
     const int64_t width = end - strip < strip_columns ? end - strip : strip_columns;
     double sums[strip_columns] = {};
@@ -49,17 +49,21 @@ void reduce_columns(const Accumulator<Element>* partials, int64_t chunks, int64_
   }
 }
 
-void reduce_partials(const void* partials, int64_t chunks, int64_t columns, DType dtype, void* target, int64_t begin,
-                     int64_t end) {
+void reduce_partials(const void* partials, int64_t chunks, int64_t columns, DType dtype, void* target,
+                     int64_t begin, int64_t end) {
   switch (dtype) {
     case DType::Float32:
-      return reduce_columns(static_cast<const float*>(partials), chunks, columns, static_cast<float*>(target), begin, end);
+      return reduce_columns(static_cast<const float*>(partials), chunks, columns, static_cast<float*>(target),
+                            begin, end);
     case DType::BFloat16:
-      return reduce_columns(static_cast<const float*>(partials), chunks, columns, static_cast<BFloat16*>(target), begin, end);
+      return reduce_columns(static_cast<const float*>(partials), chunks, columns,
+                            static_cast<BFloat16*>(target), begin, end);
     case DType::Float16:
-      return reduce_columns(static_cast<const float*>(partials), chunks, columns, static_cast<Float16*>(target), begin, end);
+      return reduce_columns(static_cast<const float*>(partials), chunks, columns,
+                            static_cast<Float16*>(target), begin, end);
     case DType::Float64:
-      return reduce_columns(static_cast<const double*>(partials), chunks, columns, static_cast<double*>(target), begin, end);
+      return reduce_columns(static_cast<const double*>(partials), chunks, columns,
+                            static_cast<double*>(target), begin, end);
   }
 }
 

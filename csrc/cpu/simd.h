@@ -1,224 +1,18 @@
-// One vector type and its few operations, for three instruction sets.
-//
-// Written with the compiler's vector extensions, so that the same lines become SSE2, AVX2 or AVX-512 code (or another
-// machine's); intrinsics only where the extensions have no word for it. FASTREG_SIMD names the variant, and is the namespace
-// everything lives in: each file that includes this header is compiled once per variant and linked into one library.
-// Nothing of the standard library is used, since its inline functions would be shared between the variants.
+// Loads, stores and loops over the columns of a row, for any element type and alignment: all that a kernel
+// needs of SIMD.
 //
 // Elements are read as fp32 (fp64 stays fp64) and rounded once, to nearest even, when they are stored.
 
 #pragma once
 
-#ifndef FASTREG_SIMD
-#error "compile with -DFASTREG_SIMD=baseline, avx2 or avx512"
-#endif
-
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
-#include <cstdint>
-
-#include "../math.h"
+#include "simd_half.h"
+#include "simd_types.h"
 
 namespace fastreg::FASTREG_SIMD {
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
-// --- types ------------------------------------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-struct Float16 {
-  uint16_t bits;
-};
-
-// The type an element is computed in.
-template <class Element>
-struct AccumulatorOf {
-  using type = float;
-};
-template <>
-struct AccumulatorOf<double> {
-  using type = double;
-};
-template <class Element>
-using Accumulator = typename AccumulatorOf<Element>::type;
-
-template <class Scalar, int bytes>
-struct VectorOf {
-  typedef Scalar type __attribute__((vector_size(bytes)));
-};
-template <class Scalar, int bytes = vector_bytes>
-using Vector = typename VectorOf<Scalar, bytes>::type;
-
-template <class Scalar>
-constexpr int lanes_of = vector_bytes / static_cast<int>(sizeof(Scalar));
-
-constexpr int float_lanes = lanes_of<float>;
-using Floats = Vector<float>;
-using Words = Vector<uint32_t>;                        // a float's bits
-using HalfWords = Vector<uint16_t, vector_bytes / 2>;  // as many 16-bit elements as a vector has floats
-
-template <class To, class From>
-FASTREG_INLINE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-// --- arithmetic -------------------------------------------------------------------------------------------------------
-
-template <class Scalar>
-FASTREG_INLINE Vector<Scalar> broadcast(Scalar value) {
-  return value - Vector<Scalar>{};  // value - 0, the one form that keeps -0.0
-}
-
-template <class V>
-FASTREG_INLINE V multiply_add(V factor, V other, V addend) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(factor[0]) == 8) {
-    return _mm512_fmadd_pd(factor, other, addend);
-  } else {
-    return _mm512_fmadd_ps(factor, other, addend);
-  }
-#elif defined(__FMA__)
-  if constexpr (sizeof(factor[0]) == 8) {
-    return _mm256_fmadd_pd(factor, other, addend);
-  } else {
-    return _mm256_fmadd_ps(factor, other, addend);
-  }
-#else
-  return factor * other + addend;
-#endif
-}
-
-// The sum of all lanes, a fixed tree. fp32 lanes are added in double: a long sum's last additions are its largest, and would
-// cost it more digits than all others together.
-FASTREG_INLINE double sum_lanes(Vector<double> vector) {
-  double sums[lanes_of<double>];
-  __builtin_memcpy(sums, &vector, sizeof(sums));
-#pragma GCC unroll 8
-  for (int half = lanes_of<double> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int lane = 0; lane < half; ++lane) {
-      sums[lane] += sums[lane + half];
-    }
-  }
-  return sums[0];
-}
-
-FASTREG_INLINE Vector<double> add_pairs(Floats vector) {
-  struct Halves {
-    Vector<float, vector_bytes / 2> low, high;
-  };
-  const Halves halves = bit_cast<Halves>(vector);
-  return __builtin_convertvector(halves.low, Vector<double>) + __builtin_convertvector(halves.high, Vector<double>);
-}
-
-FASTREG_INLINE double sum_lanes(Floats vector) { return sum_lanes(add_pairs(vector)); }
-
-// --- 16-bit elements --------------------------------------------------------------------------------------------------
-
-// widen: words with the given low halves and zero above. upper_halves: the inverse of widen(...) << 16.
-//
-// Intrinsics, because GCC 12 makes three times the instructions of __builtin_convertvector, and with full masks, because it
-// warns of its own header in the forms without one.
-#if defined(__AVX512F__)
-FASTREG_INLINE Words widen(HalfWords halves) {
-  return bit_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(halves)));
-}
-// A permutation, since the narrowing store (vpmovdw to memory), which GCC would make of a conversion, is slow on AMD.
-FASTREG_INLINE HalfWords upper_halves(Words words) {
-  const Vector<uint16_t> odd = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-  const __m512i packed = _mm512_maskz_permutexvar_epi16(~0u, bit_cast<__m512i>(odd), bit_cast<__m512i>(words));
-  HalfWords lower;
-  __builtin_memcpy(&lower, &packed, sizeof(lower));
-  return lower;
-}
-#elif defined(__AVX2__)
-FASTREG_INLINE Words widen(HalfWords halves) {
-  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(halves)));
-}
-FASTREG_INLINE HalfWords upper_halves(Words words) {
-  const __m256i bits = _mm256_srli_epi32(bit_cast<__m256i>(words), 16);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0b1000);
-  return bit_cast<HalfWords>(_mm256_castsi256_si128(packed));
-}
-#elif defined(__SSE2__)
-FASTREG_INLINE Words widen(HalfWords halves) {
-  const __m128i low = _mm_cvtsi64_si128(bit_cast<long long>(halves));
-  return bit_cast<Words>(_mm_unpacklo_epi16(low, _mm_setzero_si128()));
-}
-// Sign-extended words pass SSE2's saturation, which is signed, unchanged.
-FASTREG_INLINE HalfWords upper_halves(Words words) {
-  const __m128i bits = _mm_srai_epi32(bit_cast<__m128i>(words), 16);
-  return bit_cast<HalfWords>(_mm_cvtsi128_si64(_mm_packs_epi32(bits, bits)));
-}
-#else
-FASTREG_INLINE Words widen(HalfWords halves) { return __builtin_convertvector(halves, Words); }
-FASTREG_INLINE HalfWords upper_halves(Words words) { return __builtin_convertvector(words >> 16, HalfWords); }
-#endif
-
-FASTREG_INLINE Floats decode(HalfWords halves, BFloat16) { return bit_cast<Floats>(widen(halves) << 16); }
-
-FASTREG_INLINE HalfWords encode(Floats values, BFloat16) {
-  const Words bits = bit_cast<Words>(values);
-  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Words quiet_nan = bits | 0x400000;  // rounding could carry a NaN's payload into an infinity
-  return upper_halves(values == values ? rounded : quiet_nan);
-}
-
-FASTREG_INLINE Floats decode(HalfWords halves, Float16) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(halves));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(bit_cast<__m128i>(halves));
-#else
-  // Shifted into a float's fields the number is 2^-112 of itself, subnormals included; infinity and NaN need their
-  // exponent filled.
-  const Words bits = widen(halves);
-  const Words magnitude = bits & 0x7fff;
-  const Words scaled = bit_cast<Words>(bit_cast<Floats>(magnitude << 13) * 0x1p112f);
-  const Words special = scaled | 0x7f800000;
-  return bit_cast<Floats>((magnitude >= 0x7c00 ? special : scaled) | ((bits & 0x8000) << 16));
-#endif
-}
-
-FASTREG_INLINE HalfWords encode(Floats values, Float16) {
-#if defined(__AVX512F__)
-  return bit_cast<HalfWords>(_mm512_maskz_cvtps_ph(0xffff, values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__)
-  return bit_cast<HalfWords>(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-  const Words bits = bit_cast<Words>(values);
-  const Words magnitude = bits & 0x7fffffff;
-  // Normal: move the exponent's bias from 127 to 15 and round the 13 bits that fall off; the carry of 65520 makes infinity.
-  const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Subnormal: 0.5 has the spacing of fp16's subnormals, so the addition itself rounds.
-  const Words subnormal = bit_cast<Words>(bit_cast<Floats>(magnitude) + 0.5f) - 0x3f000000;
-  Words result = magnitude < 0x38800000 ? subnormal : normal;
-  result = magnitude >= 0x47800000 ? Words{} + 0x7c00 : result;
-  result = magnitude > 0x7f800000 ? Words{} + 0x7e00 : result;
-  return upper_halves((result << 16) | (bits & 0x80000000));
-#endif
-}
-
-// --- loads and stores -------------------------------------------------------------------------------------------------
-
-// Past the caches, for outputs too large to be found there again: saves the read of each line before it is overwritten.
-// `target` must be aligned to the vector; finish_streams() makes the stores visible to other threads.
+// Past the caches, for outputs too large to be found there again: saves the read of each line before it is
+// overwritten. `target` must be aligned to the vector; finish_streams() makes the stores visible to other
+// threads.
 template <class V>
 FASTREG_INLINE void stream_bytes(void* target, const V& vector) {
 #if defined(__AVX512F__)
@@ -360,8 +154,8 @@ struct SomeLanes {
   }
 };
 
-// Calls body(lanes, column, k) for every vector of `columns` columns; k counts 0 .. unroll - 1 and chooses one of as many
-// independent accumulators, so that additions overlap.
+// Calls body(lanes, column, k) for every vector of `columns` columns; k counts 0 .. unroll - 1 and chooses
+// one of as many independent accumulators, so that additions overlap.
 template <class Scalar, int unroll, class Body>
 FASTREG_INLINE void for_columns(int64_t columns, const Body& body) {
   constexpr int lanes = lanes_of<Scalar>;

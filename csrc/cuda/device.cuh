@@ -1,7 +1,8 @@
 // What the kernels need from the machine, and the one place that names CUDA or the host simulator.
 //
-// On a GPU these are a few lines of PTX each. With FASTREG_CUDA_SIMULATOR the same names come from tests/cuda_sim, which
-// compiles the kernels with a C++ compiler and runs them on a CPU. No other file of csrc/cuda knows the difference.
+// On a GPU these are a few lines of PTX each. With FASTREG_CUDA_SIMULATOR the same names come from tests/cuda_sim,
+// which compiles the kernels with a C++ compiler and runs them on a CPU. No other file of csrc/cuda knows the
+// difference.
 
 #pragma once
 
@@ -41,15 +42,13 @@ __device__ __forceinline__ uint4 load_streamed(const void* address) {
   return value;
 }
 
-__device__ __forceinline__ void store_wide(void* address, const uint4& value) {
-  *static_cast<uint4*>(address) = value;
-}
+__device__ __forceinline__ void store_wide(void* address, const uint4& value) { *static_cast<uint4*>(address) = value; }
 
 // Hides from the compiler that `word` keeps its value, so that what was made of it is made again rather than kept.
 __device__ __forceinline__ void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 __device__ __forceinline__ void forget(uint16_t& word) { asm volatile("" : "+h"(word)); }
 
-// --- asynchronous copies into shared memory ----------------------------------------------------------------------------
+// --- asynchronous copies into shared memory --------------------------------------------------------------------------
 
 // Starts a copy of 16 bytes; they arrive when the group that they are committed to has been waited for.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
@@ -65,7 +64,7 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// --- thread-block clusters (sm_90 and later; the launch plan never asks for one elsewhere) -------------------------------
+// --- thread-block clusters (sm_90 and later; the launch plan never asks for one elsewhere) ---------------------------
 
 __device__ __forceinline__ unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900
@@ -77,11 +76,12 @@ __device__ __forceinline__ unsigned cluster_rank() {
 #endif
 }
 
-// A barrier over all threads of the cluster in two halves: what a thread wrote before it arrived, to its own block's shared
-// memory or another's, is seen by every thread that has waited.
+// A barrier over all threads of the cluster, in two halves: after it every block has started, and the mailboxes that
+// were opened before it are open. It orders nothing else, since that would wait for all earlier writes to global
+// memory.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #else
   __trap();
 #endif
@@ -95,13 +95,68 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// Writes to the place that `own` (an address in this block's shared memory) has in the block of that rank.
-__device__ __forceinline__ void cluster_store(float* own, unsigned rank, float value) {
+// Through which other blocks of the cluster send values: an mbarrier in shared memory that counts the bytes that
+// arrive. It is used in rounds; a round ends when the bytes expected in it are there.
+struct Mailbox {
+  unsigned long long barrier;
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// By one thread, before the cluster's barrier.
+__device__ __forceinline__ void mailbox_open(Mailbox* mailbox) {
 #if __CUDA_ARCH__ >= 900
-  const uint32_t local = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-  uint32_t remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(mailbox)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// By one thread of the receiving block in each round.
+__device__ __forceinline__ void mailbox_expect(Mailbox* mailbox, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mailbox)), "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
+// Sends a value to the block of that rank, to the place and the mailbox that `slot` and `mailbox` are in this block.
+__device__ __forceinline__ void mailbox_send(float* slot, Mailbox* mailbox, unsigned rank, float value) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote_slot;
+  uint32_t remote_mailbox;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(shared_address(slot)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_mailbox) : "r"(shared_address(mailbox)), "r"(rank));
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_slot),
+               "r"(__float_as_uint(value)), "r"(remote_mailbox)
+               : "memory");
+#else
+  __trap();
+#endif
+}
+
+// Acquires for this block only, which is enough for values that arrive in its own shared memory and, unlike a wider
+// scope, leaves the L1 as it is. Waits for the end of a round: `parity` is 0 for the first, 1 for the second, 0 for the
+// third and so on.
+__device__ __forceinline__ void mailbox_wait(Mailbox* mailbox, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(mailbox)), "r"(parity)
+        : "memory");
+  }
 #else
   __trap();
 #endif

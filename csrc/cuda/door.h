@@ -37,8 +37,9 @@ class OnDevice {
     if constexpr (!simulated) {
       guard_.emplace(device.index);
       if (&aoti_torch_get_current_cuda_stream == nullptr) {
-        fail(op, "this torch gives no CUDA stream (aoti_torch_get_current_cuda_stream is missing), though input is a CUDA "
-                 "tensor; reinstall torch with CUDA, or use another backend.");
+        fail(op,
+             "this torch gives no CUDA stream (aoti_torch_get_current_cuda_stream is missing), though input is a CUDA "
+             "tensor; reinstall torch with CUDA, or use another backend.");
       }
       void* stream = nullptr;
       check_call(aoti_torch_get_current_cuda_stream(device.index, &stream), op, "give the current CUDA stream");

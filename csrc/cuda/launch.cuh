@@ -1,6 +1,7 @@
 // The one way a kernel is launched, and what is asked of the device before.
 //
-// Every kernel takes one struct by value. Only grid.x is used, so no extent of a tensor meets the limits of grid.y and z.
+// Every kernel takes one struct by value. Only grid.x is used, so no extent of a tensor meets the limits of grid.y and
+// z.
 
 #pragma once
 
@@ -92,7 +93,9 @@ cudaError_t resident_clusters(const Launch& launch, int64_t& clusters) {
 inline cudaError_t device_traits(int device, DeviceTraits& traits) {
   int major = 0;
   int minor = 0;
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) { return cudaDeviceGetAttribute(&value, attribute, device); };
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(&value, attribute, device);
+  };
   cudaError_t error = ask(major, cudaDevAttrComputeCapabilityMajor);
   if (error == cudaSuccess) error = ask(minor, cudaDevAttrComputeCapabilityMinor);
   if (error == cudaSuccess) error = ask(traits.multiprocessors, cudaDevAttrMultiProcessorCount);

@@ -8,14 +8,16 @@
 namespace fastreg::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t normalized_ndim, const std::optional<Tensor>& weight,
-                                          const std::optional<Tensor>& bias, double eps) {
+std::tuple<Tensor, Tensor> layer_norm_fwd(const Tensor& input, int64_t normalized_ndim,
+                                          const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                                          double eps) {
   NormOutputs outputs = norm_forward<true>("layer_norm_fwd", input, normalized_ndim, weight, bias, eps);
   return {outputs.output, outputs.statistics};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& grad_output, const Tensor& input, int64_t normalized_ndim,
-                                                  const Tensor& statistics, const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& grad_output, const Tensor& input,
+                                                  int64_t normalized_ndim, const Tensor& statistics,
+                                                  const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& bias, std::vector<bool> output_mask) {
   const NormMask mask{output_mask.at(0), output_mask.at(1), output_mask.at(2)};
   NormGradients gradients =

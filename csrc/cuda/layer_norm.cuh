@@ -1,7 +1,7 @@
 // Launchers of layer norm and, with centred = false, of RMS norm: raw pointers, no torch type.
 //
-// The kernels are in layer_norm_forward.cuh, layer_norm_backward.cuh and layer_norm_backward_looped.cuh, the choice among
-// them in layer_norm_plan.h.
+// The kernels are in layer_norm_forward.cuh, layer_norm_backward.cuh and layer_norm_backward_looped.cuh, the choice
+// among them in layer_norm_plan.h.
 
 #pragma once
 
@@ -23,7 +23,7 @@ inline bool wide_parameter(const Parameter& parameter, int element_size) {
   return parameter.data == nullptr || aligned(parameter.data, bytes < 16 ? bytes : 16);
 }
 
-// --- forward -----------------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 template <class Element, bool centred, int width>
 cudaError_t launch_forward_as_planned(const ForwardPlan& plan, ForwardArguments arguments, cudaStream_t stream) {
@@ -56,7 +56,8 @@ template <class Element, bool centred>
 cudaError_t launch_forward(const ForwardArguments& arguments, const DeviceTraits& device, cudaStream_t stream) {
   constexpr int size = sizeof(Element);
   Problem problem{arguments.rows, arguments.columns, size, centred, false};
-  problem.wide = arguments.columns % full_width<Element> == 0 && wide_rows(arguments.input, arguments.row_stride, size) &&
+  problem.wide = arguments.columns % full_width<Element> == 0 &&
+                 wide_rows(arguments.input, arguments.row_stride, size) &&
                  wide_rows(arguments.output, arguments.columns, size) && wide_parameter(arguments.weight, size) &&
                  wide_parameter(arguments.bias, size);
   const ForwardPlan plan = forward_plan(problem, device);
@@ -64,7 +65,7 @@ cudaError_t launch_forward(const ForwardArguments& arguments, const DeviceTraits
                       : launch_forward_as_planned<Element, centred, 1>(plan, arguments, stream);
 }
 
-// --- backward ----------------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 // What a caller has to know before it allocates the partial sums.
 template <class Element, bool centred>
@@ -114,17 +115,16 @@ cudaError_t launch_backward_as_planned(const BackwardPlan& plan, BackwardArgumen
   }
   if (error == cudaSuccess && (arguments.weight_partials != nullptr || arguments.bias_partials != nullptr)) {
     const int64_t blocks = divide_up(arguments.columns / width, columns_threads) * plan.partials;
-    error = launch<backward_columns_kernel<Element, centred, width>>(Launch{blocks, columns_threads, 1, 0, false, stream},
-                                                                     arguments);
+    error = launch<backward_columns_kernel<Element, centred, width>>(
+        Launch{blocks, columns_threads, 1, 0, false, stream}, arguments);
   }
   return error;
 }
 
 template <class Element, bool centred>
 cudaError_t launch_backward(const BackwardPlan& plan, const BackwardArguments& arguments, cudaStream_t stream) {
-  return plan.width == 1
-             ? launch_backward_as_planned<Element, centred, 1>(plan, arguments, stream)
-             : launch_backward_as_planned<Element, centred, full_width<Element>>(plan, arguments, stream);
+  return plan.width == 1 ? launch_backward_as_planned<Element, centred, 1>(plan, arguments, stream)
+                         : launch_backward_as_planned<Element, centred, full_width<Element>>(plan, arguments, stream);
 }
 
 // `gradients`: one or two. With no partial sums they become zeros.

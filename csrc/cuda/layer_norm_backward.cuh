@@ -4,13 +4,14 @@
 //   grad_input  = rstd * (scaled - mean(scaled) - normalized * mean(scaled * normalized))      over the row
 //   grad_weight = sum of grad_output * normalized, grad_bias = sum of grad_output              over the rows
 //
-// A persistent grid goes over the rows. A team holds its row in registers while the next rows are on their way into shared
-// memory; each thread owns some columns, keeps their weights, and adds their parameter gradients up in fp32 from row to
-// row. At the end a block writes one row of partial sums; reduce_partials_kernel adds those in a fixed order. Nothing is
-// added atomically, and rows are dealt out by index: equal bits in every run.
+// A persistent grid goes over the rows. A team holds its row in registers while the next rows are on their way into
+// shared memory; each thread owns some columns, keeps their weights, and adds their parameter gradients up in fp32 from
+// row to row. At the end a block writes one row of partial sums; reduce_partials_kernel adds those in a fixed order.
+// Nothing is added atomically, and rows are dealt out by index: equal bits in every run.
 //
-// Traffic: two reads and one write of the activations, and 16 bytes a column and block for the partial sums. Rows longer
-// than the chip has room for take two more kernels and are read up to three times (layer_norm_backward_looped.cuh).
+// Traffic: two reads and one write of the activations, and 16 bytes a column and block for the partial sums. Rows
+// longer than the chip has room for take two more kernels and are read up to three times
+// (layer_norm_backward_looped.cuh).
 //
 // What output_mask does not ask for has a null pointer: not loaded for, not computed, not stored.
 
@@ -39,7 +40,7 @@ struct BackwardArguments {
   int cluster;          // blocks a row
 };
 
-// --- one pack --------------------------------------------------------------------------------------------------------------
+// --- one pack --------------------------------------------------------------------------------------------------------
 
 // What a row's elements add up to: sums of scaled * normalized and of scaled, the latter only if centred.
 template <bool centred>
@@ -51,8 +52,8 @@ __device__ __forceinline__ float normalized_at(const Data& input, int index, flo
 }
 
 template <bool centred, int width, class Data>
-__device__ __forceinline__ void add_to_row(RowSums<centred>& sums, const Data& grad_output, const Data& input, float mean,
-                                           float rstd, const float (&weight)[width]) {
+__device__ __forceinline__ void add_to_row(RowSums<centred>& sums, const Data& grad_output, const Data& input,
+                                           float mean, float rstd, const float (&weight)[width]) {
 #pragma unroll
   for (int index = 0; index < width; ++index) {
     const float normalized = normalized_at<centred>(input, index, mean, rstd);
@@ -68,8 +69,9 @@ __device__ __forceinline__ void add_to_row(RowSums<centred>& sums, const Data& g
 
 // `means`: the row's sums over its number of elements.
 template <bool centred, int width, class Data>
-__device__ __forceinline__ Data input_gradient(const RowSums<centred>& means, const Data& grad_output, const Data& input,
-                                               float mean, float rstd, const float (&weight)[width]) {
+__device__ __forceinline__ Data input_gradient(const RowSums<centred>& means, const Data& grad_output,
+                                               const Data& input, float mean, float rstd,
+                                               const float (&weight)[width]) {
   float values[width];
 #pragma unroll
   for (int index = 0; index < width; ++index) {
@@ -94,9 +96,10 @@ __device__ __forceinline__ RowSums<centred> over_columns(const RowSums<centred>&
   }
 }
 
-// --- rows on their way -------------------------------------------------------------------------------------------------------
+// --- rows on their way -----------------------------------------------------------------------------------------------
 
-// Shared memory that the next rows' packs arrive in. A thread reads only what it copied itself, so no barrier is needed.
+// Shared memory that the next rows' packs arrive in. A thread reads only what it copied itself, so no barrier is
+// needed.
 template <class Data, int packs, int stages>
 struct Ring {
   unsigned char* base;
@@ -107,7 +110,7 @@ struct Ring {
   }
 };
 
-// --- running sums ------------------------------------------------------------------------------------------------------------
+// --- running sums ----------------------------------------------------------------------------------------------------
 
 // Where a thread adds up a parameter's gradient for its columns: in registers, or in shared memory of its own.
 template <int packs, int width, bool in_shared>
@@ -171,8 +174,8 @@ struct ColumnSums<packs, width, true> {
 // Writes the block's row of partial sums. Where several teams share the block, theirs are added first: within a warp by
 // shuffles, then through `scratch`, which all threads must be done with.
 template <int packs, int width, bool in_shared>
-__device__ __forceinline__ void write_partials(ColumnSums<packs, width, in_shared>& sums, float* partials, const Team& team,
-                                               const Slice& slice, float* scratch) {
+__device__ __forceinline__ void write_partials(ColumnSums<packs, width, in_shared>& sums, float* partials,
+                                               const Team& team, const Slice& slice, float* scratch) {
   if constexpr (!in_shared) {
     const int warps_or_teams = team.threads < warp_lanes ? static_cast<int>(blockDim.x) / warp_lanes : team.count;
     if (team.threads < warp_lanes) {
@@ -224,7 +227,7 @@ __device__ __forceinline__ void write_partials(ColumnSums<packs, width, in_share
   }
 }
 
-// --- the kernel ----------------------------------------------------------------------------------------------------------------
+// --- the kernel ------------------------------------------------------------------------------------------------------
 
 template <class Element, bool centred, int width, bool sums_in_shared>
 __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : backward_threads)
@@ -233,9 +236,7 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
   constexpr int packs = backward_packs(width, sums_in_shared);
   constexpr int stages = backward_stages(sizeof(Element), width, sums_in_shared);
   FASTREG_SHARED(Exchange<RowSums<centred>>, exchange);
-  if (arguments.cluster > 1) {
-    cluster_arrive();
-  }
+  exchange.start(arguments.cluster);
   Team team(arguments.threads_per_row);
   const Slice slice(arguments.columns / width, arguments.cluster);
   const bool wants_input = arguments.grad_input != nullptr;
@@ -248,8 +249,8 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
   float* const sums_memory = reinterpret_cast<float*>(
       memory + backward_ring_bytes(sizeof(Element), width, sums_in_shared, static_cast<int>(blockDim.x)));
   ColumnSums<packs, width, sums_in_shared> weight_sums(sums_memory);
-  ColumnSums<packs, width, sums_in_shared> bias_sums(
-      sums_memory + (centred ? packs * width * static_cast<int>(blockDim.x) : 0));
+  ColumnSums<packs, width, sums_in_shared> bias_sums(sums_memory +
+                                                     (centred ? packs * width * static_cast<int>(blockDim.x) : 0));
 
   const auto address = [&](const void* tensor, int64_t stride, int64_t row, int offset) {
     return static_cast<const Element*>(tensor) + row * stride + static_cast<int64_t>(slice.first + offset) * width;
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
 
   // Weights stay in registers from row to row where the row leaves room for them.
   constexpr bool keeps_weights = width > 1 && packs * sizeof(Data) <= 64;
-  const auto load_weight = [&](int place, float(&weight)[width]) {
+  const auto load_weight = [&](int place, float (&weight)[width]) {
     const int offset = place * team.threads + team.lane;
     if (wants_input && offset < slice.count) {
       load_parameter<width>(arguments.weight, (slice.first + offset) * width, 1.0f, weight);
@@ -301,12 +302,10 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
     }
   };
   fetch_statistics(row);
-  if (arguments.cluster > 1) {
-    cluster_wait();
-  }
+  exchange.finish_start(arguments.cluster);
 
   int stage = 0;
-  int turn = 0;
+  unsigned round = 0;
   // Every thread of a block goes round equally often, also where its team has no row left: all meet at the barriers.
   for (int64_t first_row = block_row; first_row < arguments.rows; first_row += step, row += step) {
     team.forget_places<width>();
@@ -326,8 +325,7 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
           grad_output[place] = *ring.place(stage, 0, place);
           if (reads_input) input[place] = *ring.place(stage, 1, place);
         } else {
-          grad_output[place] =
-              Data::load(address(arguments.grad_output, arguments.grad_output_stride, row, offset));
+          grad_output[place] = Data::load(address(arguments.grad_output, arguments.grad_output_stride, row, offset));
           if (reads_input) input[place] = Data::load(address(arguments.input, arguments.input_stride, row, offset));
         }
       }
@@ -338,13 +336,13 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
     }
 
     team.forget_places<width>();
-    RowSums<centred> sums{};
+    RowSums<centred> sums[1] = {};
 #pragma unroll
     for (int place = 0; place < packs; ++place) {
       if (active && place * team.threads + team.lane < slice.count) {
         if (wants_input) {
           if constexpr (!keeps_weights) load_weight(place, weights[0]);
-          add_to_row<centred, width>(sums, grad_output[place], input[place], mean, rstd,
+          add_to_row<centred, width>(sums[0], grad_output[place], input[place], mean, rstd,
                                      weights[keeps_weights ? place : 0]);
         }
         float terms[width];
@@ -368,9 +366,10 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
     team.forget_places<width>();
 
     if (wants_input) {
-      sums = over_warps_and_blocks(over_lanes(sums, team.lanes()), team, arguments.cluster, exchange, turn);
-      turn ^= 1;
-      const RowSums<centred> means = over_columns<centred>(sums, arguments.columns);
+      sums[0] = over_lanes(sums[0], team.lanes());
+      over_warps_and_blocks(sums, team, arguments.cluster, exchange, round);
+      ++round;
+      const RowSums<centred> means = over_columns<centred>(sums[0], arguments.columns);
 #pragma unroll
       for (int place = 0; place < packs; ++place) {
         const int offset = place * team.threads + team.lane;
@@ -395,7 +394,7 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
   }
 }
 
-// --- the sum of the partial sums -------------------------------------------------------------------------------------------
+// --- the sum of the partial sums -------------------------------------------------------------------------------------
 
 struct ReduceArguments {
   // One gradient or two.
@@ -420,7 +419,8 @@ struct ReduceSums {
 // A block adds up 32 columns of one gradient: 16 warps each every sixteenth row, then one warp their sums, in order. A
 // template only so that each op's translation unit has a kernel of its own.
 template <bool centred>
-__global__ void __launch_bounds__(reduce_columns* reduce_slices) reduce_partials_kernel(const ReduceArguments arguments) {
+__global__ void __launch_bounds__(reduce_columns* reduce_slices)
+    reduce_partials_kernel(const ReduceArguments arguments) {
   FASTREG_SHARED(ReduceSums, sums);
   const int lane = static_cast<int>(threadIdx.x) % reduce_columns;
   const int slice = static_cast<int>(threadIdx.x) / reduce_columns;

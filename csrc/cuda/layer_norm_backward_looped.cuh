@@ -1,6 +1,6 @@
-// Backward of layer norm and RMS norm for rows that do not fit on the chip: one kernel for the gradient of the input, which
-// reads a row for its sums and again for its gradient, and one for the parameters, whose threads own columns and go down
-// the rows. Up to six reads instead of two; a kernel whose result is not asked for is not launched.
+// Backward of layer norm and RMS norm for rows that do not fit on the chip: one kernel for the gradient of the input,
+// which reads a row for its sums and again for its gradient, and one for the parameters, whose threads own columns and
+// go down the rows. Up to six reads instead of two; a kernel whose result is not asked for is not launched.
 
 #pragma once
 
@@ -14,9 +14,7 @@ __global__ void __launch_bounds__(looped_threads) backward_looped_kernel(const B
   using Data = Pack<Element, width>;
   constexpr int packs = looped_packs;
   FASTREG_SHARED(Exchange<RowSums<centred>>, exchange);
-  if (arguments.cluster > 1) {
-    cluster_arrive();
-  }
+  exchange.start(arguments.cluster);
   const Team team(arguments.threads_per_row);
   const Slice slice(arguments.columns / width, arguments.cluster);
   const int64_t row = blockIdx.x / arguments.cluster;
@@ -50,11 +48,10 @@ __global__ void __launch_bounds__(looped_threads) backward_looped_kernel(const B
       }
     }
   }
-  if (arguments.cluster > 1) {
-    cluster_wait();
-  }
-  sums = over_warps_and_blocks(over_lanes(sums, warp_lanes), team, arguments.cluster, exchange, 0);
-  const RowSums<centred> means = over_columns<centred>(sums, arguments.columns);
+  exchange.finish_start(arguments.cluster);
+  RowSums<centred> whole[] = {over_lanes(sums, warp_lanes)};
+  over_warps_and_blocks(whole, team, arguments.cluster, exchange, 0);
+  const RowSums<centred> means = over_columns<centred>(whole[0], arguments.columns);
 
   // Backwards: what was read last is what the caches still have.
   for (int offset = slice.count - 1 - team.lane; offset >= 0; offset -= team.threads) {

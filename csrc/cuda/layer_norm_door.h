@@ -1,5 +1,5 @@
-// The door of layer norm and RMS norm: checks, allocation, the switch on the dtype, and the launches. `centred` says which of
-// the two; layer_norm.cu and rms_norm.cu register them.
+// The door of layer norm and RMS norm: checks, allocation, the switch on the dtype, and the launches. `centred` says
+// which of the two; layer_norm.cu and rms_norm.cu register them.
 
 #pragma once
 
@@ -27,7 +27,7 @@ struct Statistics {
       : mean(centred ? static_cast<float*>(data) : nullptr), rstd(static_cast<float*>(data) + (centred ? rows : 0)) {}
 };
 
-// --- forward -----------------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 struct NormOutputs {
   Tensor output;
@@ -35,8 +35,8 @@ struct NormOutputs {
 };
 
 template <bool centred>
-NormOutputs norm_forward(const char* op, const Tensor& input, int64_t normalized_ndim, const std::optional<Tensor>& weight,
-                         const std::optional<Tensor>& bias, double eps) {
+NormOutputs norm_forward(const char* op, const Tensor& input, int64_t normalized_ndim,
+                         const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps) {
   const RowView rows = norm_rows(input, normalized_ndim, op, "input");
   const VectorView weight_view = parameter_view(weight, rows, op, "weight");
   const VectorView bias_view = parameter_view(bias, rows, op, "bias");
@@ -72,7 +72,7 @@ NormOutputs norm_forward(const char* op, const Tensor& input, int64_t normalized
   return outputs;
 }
 
-// --- backward ----------------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 struct NormGradients {
   Tensor input;
@@ -124,11 +124,10 @@ NormGradients norm_backward(const char* op, const Tensor& grad_output, const Ten
   check_mask(mask.weight, weight_view, op, "weight");
   check_mask(mask.bias, bias_view, op, "bias");
 
-  const NormGradients gradients{
-      mask.input ? new_tensor(rows.sizes, rows.dimensions, rows.dtype, rows.device, op)
-                 : empty_gradient(rows.dtype, rows.device, op),
-      parameter_gradient(mask.weight, weight_view, weight, rows, op),
-      parameter_gradient(mask.bias, bias_view, bias, rows, op)};
+  const NormGradients gradients{mask.input ? new_tensor(rows.sizes, rows.dimensions, rows.dtype, rows.device, op)
+                                           : empty_gradient(rows.dtype, rows.device, op),
+                                parameter_gradient(mask.weight, weight_view, weight, rows, op),
+                                parameter_gradient(mask.bias, bias_view, bias, rows, op)};
   if (rows.hidden == 0 || !(mask.input || mask.weight || mask.bias)) {
     return gradients;
   }
@@ -162,7 +161,8 @@ NormGradients norm_backward(const char* op, const Tensor& grad_output, const Ten
       partials = plan.partials;
       const int64_t elements = partials * rows.hidden;
       if (mask.weight || mask.bias) {
-        partial_sums = new_vector(elements * ((mask.weight ? 1 : 0) + (mask.bias ? 1 : 0)), DType::Float32, rows.device, op);
+        partial_sums =
+            new_vector(elements * ((mask.weight ? 1 : 0) + (mask.bias ? 1 : 0)), DType::Float32, rows.device, op);
         float* memory = static_cast<float*>(data_of(*partial_sums, op));
         if (mask.weight) arguments.weight_partials = memory;
         if (mask.bias) arguments.bias_partials = memory + (mask.weight ? elements : 0);

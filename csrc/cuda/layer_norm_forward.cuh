@@ -2,10 +2,10 @@
 //
 //   output = (input - mean) * rstd * weight + bias      rstd = 1 / sqrt(variance + eps)
 //
-// Each row is read once and stays in registers, as packed as it came; mean, then squared deviations, then the output are
-// computed from there. A warp works out the moments of its part alone, so that warps and blocks exchange one value a row.
-// Traffic: one read, one write of the activations; weight and bias come from L1 and L2. Rows longer than the chip has
-// room for are read twice (forward_looped_kernel).
+// Each row is read once and stays in registers, as packed as it came; mean, then squared deviations, then the output
+// are computed from there. A warp works out the moments of its part alone, so that warps and blocks exchange one value
+// a row. Traffic: one read, one write of the activations; weight and bias come from L1 and L2. Rows longer than the
+// chip has room for are read twice (forward_looped_kernel).
 //
 // The kernels take every extent from their arguments; how many threads, packs and rows is planned in layer_norm_plan.h.
 
@@ -51,7 +51,8 @@ __device__ __forceinline__ void finish_statistics(const ForwardArguments& argume
 }
 
 template <bool centred>
-__device__ __forceinline__ void store_statistics(const ForwardArguments& arguments, int64_t row, float mean, float rstd) {
+__device__ __forceinline__ void store_statistics(const ForwardArguments& arguments, int64_t row, float mean,
+                                                 float rstd) {
   if constexpr (centred) {
     arguments.mean[row] = mean;
   }
@@ -110,16 +111,16 @@ __device__ __forceinline__ RowValue<centred> row_value(Pack<Element, width> (&in
   }
 }
 
-// A team keeps `rows` rows of `packs` packs a thread in registers. Several rows at once only where a row is short enough
-// for part of a warp or a warp: they keep as many bytes on their way as one longer row would.
+// A team keeps `rows` rows of `packs` packs a thread in registers. Several rows at once keep as many bytes on their way
+// as one longer row would, and share their weights and their barriers.
 template <class Element, bool centred, int width, int packs, int rows>
 __global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward_minimum_blocks(width, packs))
     forward_kernel(const ForwardArguments arguments) {
   using Data = Pack<Element, width>;
-  FASTREG_SHARED(Exchange<RowValue<centred>>, exchange);
-  if (rows == 1 && arguments.cluster > 1) {
-    cluster_arrive();  // waited for before the first write into another block
-  }
+  using RowExchange = Exchange<RowValue<centred>, rows>;
+  FASTREG_SHARED(RowExchange, exchange);
+  constexpr bool beyond_a_warp = forward_beyond_a_warp(width, packs);
+  if constexpr (beyond_a_warp) exchange.start(arguments.cluster);
   Team team(arguments.threads_per_row);
   const Slice slice(arguments.columns / width, arguments.cluster);
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / arguments.cluster) * (team.count * rows) + team.index;
@@ -139,19 +140,23 @@ __global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward
   }
 
   team.forget_places<width>();
+  RowValue<centred> values[rows];
+#pragma unroll
+  for (int turn = 0; turn < rows; ++turn) {
+    const bool active = first_row + turn * team.count < arguments.rows;
+    values[turn] = row_value<Element, centred, width, packs>(input[turn], team, slice, active);
+  }
+  if constexpr (beyond_a_warp) {
+    exchange.finish_start(arguments.cluster);
+    over_warps_and_blocks(values, team, arguments.cluster, exchange, 0);
+  }
+
   float mean[rows];
   float rstd[rows];
 #pragma unroll
   for (int turn = 0; turn < rows; ++turn) {
     const int64_t row = first_row + turn * team.count;
-    RowValue<centred> value = row_value<Element, centred, width, packs>(input[turn], team, slice, row < arguments.rows);
-    if constexpr (rows == 1) {
-      if (arguments.cluster > 1) {
-        cluster_wait();
-      }
-      value = over_warps_and_blocks(value, team, arguments.cluster, exchange, 0);
-    }
-    finish_statistics<centred>(arguments, value, mean[turn], rstd[turn]);
+    finish_statistics<centred>(arguments, values[turn], mean[turn], rstd[turn]);
     if (row < arguments.rows && team.lane == 0 && slice.first == 0) {
       store_statistics<centred>(arguments, row, mean[turn], rstd[turn]);
     }
@@ -185,21 +190,19 @@ __global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward
   }
 }
 
-// Rows that do not fit on the chip: one block, or a cluster, a row; read once for the statistics and again for the output,
-// the second time backwards, since what was read last is what the caches still have.
+// Rows that do not fit on the chip: one block, or a cluster, a row; read once for the statistics and again for the
+// output, the second time backwards, since what was read last is what the caches still have.
 template <class Element, bool centred, int width>
 __global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const ForwardArguments arguments) {
   using Data = Pack<Element, width>;
   constexpr int packs = looped_packs;
   FASTREG_SHARED(Exchange<RowValue<centred>>, exchange);
-  if (arguments.cluster > 1) {
-    cluster_arrive();
-  }
+  exchange.start(arguments.cluster);
   const Team team(arguments.threads_per_row);
   const Slice slice(arguments.columns / width, arguments.cluster);
   const int64_t row = blockIdx.x / arguments.cluster;
-  const Element* input =
-      static_cast<const Element*>(arguments.input) + row * arguments.row_stride + static_cast<int64_t>(slice.first) * width;
+  const Element* input = static_cast<const Element*>(arguments.input) + row * arguments.row_stride +
+                         static_cast<int64_t>(slice.first) * width;
   Element* output = static_cast<Element*>(arguments.output) + row * arguments.columns + slice.first * width;
 
   // Each thread merges the moments of a few packs at a time into its own.
@@ -241,14 +244,12 @@ __global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const Fo
       value += squares;
     }
   }
-  value = over_lanes(value, warp_lanes);
-  if (arguments.cluster > 1) {
-    cluster_wait();
-  }
-  value = over_warps_and_blocks(value, team, arguments.cluster, exchange, 0);
+  RowValue<centred> values[] = {over_lanes(value, warp_lanes)};
+  exchange.finish_start(arguments.cluster);
+  over_warps_and_blocks(values, team, arguments.cluster, exchange, 0);
   float mean;
   float rstd;
-  finish_statistics<centred>(arguments, value, mean, rstd);
+  finish_statistics<centred>(arguments, values[0], mean, rstd);
   if (team.lane == 0 && slice.first == 0) {
     store_statistics<centred>(arguments, row, mean, rstd);
   }
@@ -260,7 +261,8 @@ __global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const Fo
     load_parameter<width>(arguments.weight, column, 1.0f, weight);
     if constexpr (centred) load_parameter<width>(arguments.bias, column, 0.0f, bias);
     const Data data = Data::load(input + static_cast<int64_t>(offset) * width);
-    normalize<Element, centred, width>(data, mean, rstd, weight, bias).store(output + static_cast<int64_t>(offset) * width);
+    normalize<Element, centred, width>(data, mean, rstd, weight, bias)
+        .store(output + static_cast<int64_t>(offset) * width);
   }
 }
 

@@ -1,4 +1,5 @@
-// How layer norm and RMS norm are laid out on a GPU: pure functions of the problem and the device, testable without either.
+// How layer norm and RMS norm are laid out on a GPU: pure functions of the problem and the device, testable without
+// either.
 //
 // A row should stay in registers, 16 bytes a load, with enough bytes on their way on every multiprocessor to cover the
 // latency of memory (32 KB and more), and with several blocks on each, so that one block's barrier is another's work.
@@ -60,12 +61,12 @@ constexpr int spread_over_device(int cluster, const Problem& problem, const Devi
   return cluster;
 }
 
-// --- kernels for rows beyond the chip -----------------------------------------------------------------------------------
+// --- kernels for rows beyond the chip --------------------------------------------------------------------------------
 
 inline constexpr int looped_threads = 512;
 inline constexpr int looped_packs = 4;  // on their way at once in each thread
 
-// --- forward ---------------------------------------------------------------------------------------------------------------
+// --- forward ---------------------------------------------------------------------------------------------------------
 
 struct ForwardPlan {
   bool looped;
@@ -78,17 +79,24 @@ struct ForwardPlan {
   int64_t blocks;
 };
 
-// Bounds the kernels are compiled for. Up to 4 packs a thread need at most 72 registers, which leaves room for 896 threads a
-// multiprocessor; the longest rows trade threads for registers.
+// Bounds the kernels are compiled for: 64 to 72 registers a thread for up to 4 packs, so that some 1,000 threads run on
+// a multiprocessor; the longest rows trade threads for registers.
 constexpr int forward_maximum_threads(int width, int packs) {
-  return packs == 32 || packs * width == 64 ? 512 : packs == 8 ? 1024 : packs == 4 && width > 1 ? 512 : 128;
+  if (packs == 32 || packs * width == 64) return 512;
+  if (packs == 8) return 1024;
+  return width > 1 && packs > 1 ? 512 : 128;
 }
 constexpr int forward_minimum_blocks(int width, int packs) {
   return packs >= 8 ? 1 : forward_maximum_threads(width, packs) == 512 ? 2 : 7;
 }
 
+// Whether teams of several warps use these kernels as well.
+FASTREG_INLINE constexpr bool forward_beyond_a_warp(int width, int packs) { return packs > (width == 1 ? 4 : 1); }
+
 // Rows a thread keeps at once: short ones in twos and fours.
-constexpr int forward_rows(int width, int packs) { return width == 1 ? (packs == 4 ? 2 : 1) : packs < 4 ? 4 / packs : 1; }
+constexpr int forward_rows(int width, int packs) {
+  return width == 1 ? (packs == 4 ? 2 : 1) : packs < 4 ? 4 / packs : 1;
+}
 
 constexpr ForwardPlan forward_plan(const Problem& problem, const DeviceTraits& device) {
   const int width = problem.width();
@@ -115,19 +123,29 @@ constexpr ForwardPlan forward_plan(const Problem& problem, const DeviceTraits& d
   const int64_t preferred_packs = static_cast<int64_t>(preferred) * 512;
   while (plan.cluster < largest_cluster(device) && divide_up(packs, plan.cluster) > preferred_packs) plan.cluster *= 2;
   plan.cluster = spread_over_device(plan.cluster, problem, device);
-  const int64_t share = divide_up(packs, plan.cluster);
+  int64_t share = divide_up(packs, plan.cluster);
   plan.packs = share <= preferred_packs ? preferred : most;
+
+  // Rows of several blocks find little of their weights in the L1; where there are many rows, two at once share them.
+  const int wider = share > preferred_packs / 2 ? plan.cluster * 2 : plan.cluster;
+  if (width > 1 && plan.cluster > 1 && share <= preferred_packs && wider <= largest_cluster(device) &&
+      problem.rows * wider >= int64_t{8} * device.multiprocessors) {
+    plan.cluster = wider;
+    plan.packs = 2;
+    plan.rows = forward_rows(width, 2);
+    share = divide_up(packs, plan.cluster);
+  }
   plan.threads_per_row = team_threads(divide_up(share, plan.packs));
   if (plan.threads_per_row > forward_maximum_threads(width, plan.packs)) {
     plan.looped = true;
     plan.threads_per_row = looped_threads;
   }
   plan.threads = plan.threads_per_row;
-  plan.blocks = problem.rows * plan.cluster;
+  plan.blocks = divide_up(problem.rows, plan.rows) * plan.cluster;
   return plan;
 }
 
-// --- backward --------------------------------------------------------------------------------------------------------------
+// --- backward --------------------------------------------------------------------------------------------------------
 
 // Where a thread keeps its sums for the gradients of weight and bias while it goes from row to row.
 enum class BackwardKind { sums_in_registers, sums_in_shared, looped };
@@ -144,26 +162,31 @@ struct BackwardPlan {
   int64_t partials;  // rows of partial sums that the gradients of the parameters come from
 };
 
-// The kernels are compiled for 512 threads a multiprocessor: 128 registers each for row, weights and sums. What is on its
-// way from memory is in shared memory, so that few threads suffice.
+// The kernels are compiled for 512 threads a multiprocessor: 128 registers each for row, weights and sums. What is on
+// its way from memory is in shared memory, so that few threads suffice.
 inline constexpr int backward_threads = 512;
-inline constexpr int backward_shared_threads = 384;  // 168 registers: with sums in shared memory a thread holds twice as much
+inline constexpr int backward_shared_threads =
+    384;  // 168 registers: with sums in shared memory a thread holds twice as much
 inline constexpr int backward_barrier_threads = 256;  // two such blocks: one works while the other waits at its barrier
 inline constexpr int columns_threads = 128;
 inline constexpr int columns_rows = 4;  // on their way at once in each thread
 
 // Elements a thread holds of a row: 16 with two sums each in registers, 32 with the sums in shared memory.
-FASTREG_INLINE constexpr int backward_packs(int width, bool sums_in_shared) { return (sums_in_shared ? 32 : 16) / width; }
+FASTREG_INLINE constexpr int backward_packs(int width, bool sums_in_shared) {
+  return (sums_in_shared ? 32 : 16) / width;
+}
 
-// Rows that are on their way into shared memory while one is worked on. One-element packs are too small to be copied
-// asynchronously; fp32 rows beside sums in shared memory have no room.
+// Rows that are on their way into shared memory while one is worked on: with 512 threads, 96 KB of 16-bit or 128 KB of
+// fp32 elements a multiprocessor. One-element packs are too small to be copied asynchronously; beside sums in shared
+// memory there is room for one row of 16-bit elements.
 FASTREG_INLINE constexpr int backward_stages(int element_size, int width, bool sums_in_shared) {
-  return width == 1 ? 0 : !sums_in_shared ? 2 : element_size == 2 ? 1 : 0;
+  if (width == 1) return 0;
+  return element_size == 2 ? (sums_in_shared ? 1 : 3) : (sums_in_shared ? 0 : 2);
 }
 
 FASTREG_INLINE constexpr int64_t backward_ring_bytes(int element_size, int width, bool sums_in_shared, int threads) {
-  return int64_t{2} * 16 * backward_stages(element_size, width, sums_in_shared) * backward_packs(width, sums_in_shared) *
-         threads;
+  return int64_t{2} * 16 * backward_stages(element_size, width, sums_in_shared) *
+         backward_packs(width, sums_in_shared) * threads;
 }
 
 // Gradients of the parameters for rows beyond the chip: a thread owns the columns of one pack and goes down the rows.
@@ -221,7 +244,8 @@ constexpr BackwardPlan backward_plan(const Problem& problem, const DeviceTraits&
   }
   const bool sums_in_shared = plan.kind == BackwardKind::sums_in_shared;
 
-  // Several teams a block, all at the same barrier if they have one; fewer where there are multiprocessors without work.
+  // Several teams a block, all at the same barrier if they have one; fewer where there are multiprocessors without
+  // work.
   int64_t teams = 1;
   if (!sums_in_shared && plan.cluster == 1) {
     const int target = plan.threads_per_row <= 32 ? backward_threads : backward_barrier_threads;

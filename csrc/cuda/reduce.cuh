@@ -1,8 +1,8 @@
 // How the threads that share a row find each other, and how they add up what each of them knows of it.
 //
 // A row belongs to a team: part of a warp, whole warps of one block, or blocks of a cluster. Values go up through lanes
-// (shuffles), warps (shared memory, one barrier) and blocks (distributed shared memory, one cluster barrier). Each step
-// adds in an order that does not depend on timing, and leaves the same bits in every thread.
+// (shuffles), warps (shared memory, one barrier) and blocks (sent into each other's shared memory). Each step adds in
+// an order that does not depend on timing, and leaves the same bits in every thread.
 
 #pragma once
 
@@ -18,7 +18,7 @@ inline constexpr unsigned all_lanes = 0xffffffffu;
 inline constexpr int maximum_warps = 32;
 inline constexpr int maximum_cluster = 8;  // what every GPU with clusters can run
 
-// --- who shares a row ----------------------------------------------------------------------------------------------------
+// --- who shares a row ------------------------------------------------------------------------------------------------
 
 // The threads of a block that share a row: a power of two of them up to 32, or whole warps.
 struct Team {
@@ -71,7 +71,7 @@ struct Slice {
   }
 };
 
-// --- over lanes ------------------------------------------------------------------------------------------------------------
+// --- over lanes ------------------------------------------------------------------------------------------------------
 
 // Over groups of `lanes` neighbours, a power of two. Addition commutes, so every lane of a group gets the same bits.
 __device__ __forceinline__ float over_lanes(float value, int lanes) {
@@ -82,7 +82,9 @@ __device__ __forceinline__ float over_lanes(float value, int lanes) {
 }
 
 // Divides to 2 ulp. IEEE division is a subroutine, for which the compiler saves registers to memory.
-__device__ __forceinline__ float mean_of(float sum, float count) { return count > 0.0f ? __fdividef(sum, count) : 0.0f; }
+__device__ __forceinline__ float mean_of(float sum, float count) {
+  return count > 0.0f ? __fdividef(sum, count) : 0.0f;
+}
 
 // The mean first, then the squared deviations from that mean: no subtraction of large squares.
 __device__ __forceinline__ Moments<float> over_lanes(Moments<float> part, int lanes) {
@@ -116,48 +118,76 @@ __device__ __forceinline__ Sums over_lanes(Sums part, int lanes) {
   return part;
 }
 
-// --- over warps and blocks -------------------------------------------------------------------------------------------------
+// --- over warps and blocks -------------------------------------------------------------------------------------------
 
 // Shared memory through which warps and blocks exchange values. There are two of each, used in turn: a thread can write
-// for the next row but one only after a barrier that everyone reached with this row's value read.
-template <class Value>
+// for the next row but one only after everyone has read this row's value and sent or written the next row's.
+template <class Value, int rows = 1>
 struct Exchange {
-  Value warps[2][maximum_warps];
-  Value blocks[2][maximum_cluster];
+  Value warps[2][maximum_warps][rows];
+  Value blocks[2][maximum_cluster][rows];
+  Mailbox mailboxes[2];
+
+  // At the start of a kernel whose blocks form clusters; finish_start() follows before the first exchange.
+  __device__ __forceinline__ void start(int cluster) {
+    if (cluster > 1) {
+      if (threadIdx.x == 0) {
+        mailbox_open(&mailboxes[0]);
+        mailbox_open(&mailboxes[1]);
+      }
+      cluster_arrive();
+    }
+  }
+
+  __device__ __forceinline__ void finish_start(int cluster) {
+    if (cluster > 1) {
+      cluster_wait();
+    }
+  }
 };
 
-// `value` is the same in all lanes of a warp, and this warp's part of the row; returns the whole row's. Every thread of the
-// block must call it, with a `turn` that alternates between 0 and 1; in a cluster all blocks must have started.
-template <class Value>
-__device__ __forceinline__ Value over_warps_and_blocks(Value value, const Team& team, int cluster,
-                                                       Exchange<Value>& exchange, int turn) {
+// Each of `values` is the same in all lanes of a warp, and this warp's part of a row; they become the whole rows'.
+// Every thread of the block must call it, with `round` counting up from 0.
+template <class Value, int rows>
+__device__ __forceinline__ void over_warps_and_blocks(Value (&values)[rows], const Team& team, int cluster,
+                                                      Exchange<Value, rows>& exchange, unsigned round) {
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % warp_lanes;
+  const unsigned turn = round % 2;
   if (team.threads > warp_lanes) {
     if (lane == 0) {
-      exchange.warps[turn][thread / warp_lanes] = value;
+#pragma unroll
+      for (int row = 0; row < rows; ++row) exchange.warps[turn][thread / warp_lanes][row] = values[row];
     }
     __syncthreads();
-    value = lane < team.warps() ? exchange.warps[turn][team.first_warp() + lane] : Value{};
-    value = over_lanes(value, warp_lanes);
+#pragma unroll
+    for (int row = 0; row < rows; ++row) {
+      const Value part = lane < team.warps() ? exchange.warps[turn][team.first_warp() + lane][row] : Value{};
+      values[row] = over_lanes(part, warp_lanes);
+    }
   }
   if (cluster > 1) {
+    Mailbox* mailbox = &exchange.mailboxes[turn];
+    if (thread == 0) {
+      mailbox_expect(mailbox, static_cast<unsigned>(cluster * sizeof(values)));
+    }
     if (thread < cluster) {
-      constexpr int words = sizeof(Value) / sizeof(float);
+      constexpr int words = rows * static_cast<int>(sizeof(Value) / sizeof(float));
       float parts[words];
-      memcpy(parts, &value, sizeof(value));
-      float* slot = reinterpret_cast<float*>(&exchange.blocks[turn][cluster_rank()]);
+      memcpy(parts, values, sizeof(values));
+      float* slot = reinterpret_cast<float*>(exchange.blocks[turn][cluster_rank()]);
 #pragma unroll
       for (int word = 0; word < words; ++word) {
-        cluster_store(slot + word, static_cast<unsigned>(thread), parts[word]);
+        mailbox_send(slot + word, mailbox, static_cast<unsigned>(thread), parts[word]);
       }
     }
-    cluster_arrive();
-    cluster_wait();
-    value = lane < cluster ? exchange.blocks[turn][lane] : Value{};
-    value = over_lanes(value, warp_lanes);
+    mailbox_wait(mailbox, round / 2 % 2);
+#pragma unroll
+    for (int row = 0; row < rows; ++row) {
+      const Value part = lane < cluster ? exchange.blocks[turn][lane][row] : Value{};
+      values[row] = over_lanes(part, warp_lanes);
+    }
   }
-  return value;
 }
 
 }  // namespace fastreg::cuda

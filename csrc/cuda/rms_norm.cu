@@ -10,8 +10,8 @@
 namespace fastreg::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& input, int64_t normalized_ndim, const std::optional<Tensor>& weight,
-                                        double eps) {
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& input, int64_t normalized_ndim,
+                                        const std::optional<Tensor>& weight, double eps) {
   NormOutputs outputs = norm_forward<false>("rms_norm_fwd", input, normalized_ndim, weight, std::nullopt, eps);
   return {outputs.output, outputs.statistics};
 }
@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& grad_output, const Tensor&
                                         const Tensor& statistics, const std::optional<Tensor>& weight,
                                         std::vector<bool> output_mask) {
   const NormMask mask{output_mask.at(0), output_mask.at(1), false};
-  NormGradients gradients = norm_backward<false>("rms_norm_bwd", grad_output, input, normalized_ndim, statistics, weight,
-                                                 std::nullopt, mask);
+  NormGradients gradients =
+      norm_backward<false>("rms_norm_bwd", grad_output, input, normalized_ndim, statistics, weight, std::nullopt, mask);
   return {gradients.input, gradients.weight};
 }
 

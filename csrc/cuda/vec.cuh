@@ -1,7 +1,8 @@
-// Elements in memory and in registers: 16-byte packs of activations, and parameters whose dtype is known at run time only.
+// Elements in memory and in registers: 16-byte packs of activations, and parameters whose dtype is known at run time
+// only.
 //
-// Everything is computed in fp32: a load converts at once, a store rounds once, to nearest even. A pack is as wide as 16
-// bytes, or one element wide for tensors that are not aligned to 16 bytes; kernels take the width as a template
+// Everything is computed in fp32: a load converts at once, a store rounds once, to nearest even. A pack is as wide as
+// 16 bytes, or one element wide for tensors that are not aligned to 16 bytes; kernels take the width as a template
 // parameter, so that no lane is ever masked.
 
 #pragma once
@@ -32,7 +33,7 @@ __device__ __forceinline__ Element from_float(float value) {
   }
 }
 
-// --- activations -------------------------------------------------------------------------------------------------------
+// --- activations -----------------------------------------------------------------------------------------------------
 
 // The widest pack of an element type.
 template <class Element>
@@ -125,7 +126,7 @@ __device__ __forceinline__ Pack<Element, width> pack(const float (&values)[width
   return packed;
 }
 
-// --- parameters --------------------------------------------------------------------------------------------------------
+// --- parameters ------------------------------------------------------------------------------------------------------
 
 // A weight or bias, or the place of its gradient. Null data: there is none.
 struct Parameter {

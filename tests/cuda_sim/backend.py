@@ -46,7 +46,7 @@ PART_OF_AN_A100 = Device(architecture=80, multiprocessors=6)
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
     path = build.library()
     torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
@@ -75,12 +75,12 @@ def simulating(device: Device) -> Iterator[None]:
     """Run on ``device`` inside the block; outside it is part of an H100."""
     global _current
     previous, _current = _current, device
-    _configure(_library(), device)
+    _configure(loaded_library(), device)
     try:
         yield
     finally:
         _current = previous
-        _configure(_library(), previous)
+        _configure(loaded_library(), previous)
 
 
 def _readable(name: str) -> str:
@@ -90,16 +90,20 @@ def _readable(name: str) -> str:
 
 def launched() -> dict[str, int]:
     """How often each kernel was launched since the last call."""
-    lines = _library().cuda_sim_launched().decode().splitlines()
+    lines = loaded_library().cuda_sim_launched().decode().splitlines()
     return {_readable(name): int(count) for count, _, name in (line.partition(" ") for line in lines)}
 
 
 def kernels() -> set[str]:
     """Every instance of every ``__global__`` function in the library."""
     names = global_functions()
-    _library()
-    listing = subprocess.run(["nm", "-C", str(build.library())], capture_output=True, text=True, check=True).stdout
-    symbols = {_readable(line.split(" ", 2)[2]) for line in listing.splitlines() if " W " in line or " T " in line}
+    loaded_library()
+    listing = subprocess.run(
+        ["nm", "-C", str(build.library())], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = {
+        _readable(line.split(" ", 2)[2]) for line in listing.splitlines() if " W " in line or " T " in line
+    }
     return {symbol for symbol in symbols if symbol.partition("<")[0] in names}
 
 
@@ -114,12 +118,16 @@ def global_functions(folder: Path = build.ROOT / "csrc" / "cuda") -> set[str]:
 def _operator(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
     if tensor.dtype == torch.float64:
         raise RuntimeError(f"the cuda_sim backend cannot serve {tensor.dtype}: the reference backend does")
-    _library()
+    loaded_library()
     return getattr(torch.ops.fastreg_cuda_sim, name).default  # type: ignore[no-any-return]
 
 
 def layer_norm_fwd(
-    input: torch.Tensor, normalized_ndim: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+    input: torch.Tensor,
+    normalized_ndim: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _operator("layer_norm_fwd", input)(input, normalized_ndim, weight, bias, eps)  # type: ignore[no-any-return]
 
@@ -165,5 +173,5 @@ def register() -> None:
         found: Callable[..., Any] = globals()[operator]
         return found
 
-    _library()
+    loaded_library()
     backends.register("cuda_sim", load)

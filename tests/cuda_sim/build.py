@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda with the host compiler, into a folder named after the contents of everything that goes in."""
+"""Compiles csrc/cuda with the host compiler, into files named after the contents of everything that goes into them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,8 +19,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_sim"
 
-_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-maybe-uninitialized")
-_SOURCES = ("simulator.cpp", "context.cpp")
+_WARNINGS = (
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+    "-Wno-maybe-uninitialized",
+)
 
 
 def compiler() -> str:
@@ -28,10 +35,8 @@ def compiler() -> str:
 
 def cuda_include() -> Path:
     """The folder that has cuda_bf16.h: of the toolkit, or of the wheels that NVIDIA publishes on PyPI."""
-    candidates: list[Path] = []
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if home:
-            candidates.append(Path(home) / "include")
+    homes = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+    candidates = [Path(home) / "include" for home in homes if home]
     nvcc = shutil.which("nvcc")
     if nvcc:
         candidates.append(Path(nvcc).resolve().parents[1] / "include")
@@ -78,48 +83,59 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{finished.stdout}{finished.stderr}")
 
 
-def _make(target: Path, objects: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str]) -> Path:
-    """Compile and link into a scratch folder and move the result into place, so that two builds never mix."""
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        outputs = [str(Path(scratch) / f"{index}.o") for index in range(len(objects))]
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            commands = [
-                [compiler(), *flags, "-x", "c++", "-c", str(source), "-o", output]
-                for (source, flags), output in zip(objects, outputs, strict=True)
-            ]
-            list(pool.map(_run, commands))
-        result = Path(scratch) / target.name
-        _run([compiler(), "-o", str(result), *outputs, *link])
-        result.replace(target)
+def _moved_into_place(target: Path, command: Sequence[str]) -> Path:
+    """Run ``command``, which ends in ``-o`` without its argument, unless the target is there; two builds never mix."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            result = Path(scratch) / target.name
+            _run([*command, str(result)])
+            result.replace(target)
     return target
 
 
+def _object(source: Path, folders: Sequence[Path], flags: Sequence[str], key: Sequence[str] = ()) -> Path:
+    """The object file of ``source``; ``folders`` hold everything of ours that it includes."""
+    target = BUILD / f"{source.stem}-{_digest(folders, [source.name, *(key or flags)])}.o"
+    return _moved_into_place(target, [compiler(), *flags, "-x", "c++", "-c", str(source), "-o"])
+
+
+def _linked(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
+    digest = hashlib.sha256("\0".join([*(path.name for path in objects), *link]).encode()).hexdigest()[:16]
+    stem, _, suffix = name.partition(".")
+    target = BUILD / (f"{stem}-{digest}" + (f".{suffix}" if suffix else ""))
+    # The libraries come after the objects that need them.
+    return _moved_into_place(target, [compiler(), *map(str, objects), *link, "-o"])
+
+
+def _simulator_objects(flags: Sequence[str]) -> list[Path]:
+    return [_object(HERE / name, (HERE,), flags) for name in ("simulator.cpp", "context.cpp")]
+
+
+@cache
 def library() -> Path:
     """The simulator with the doors of every op, as a library for ``torch.ops.load_library``."""
     flags = [*_common_flags(), "-O1", "-g1", "-fPIC", "-fno-gnu-unique"]
-    target = BUILD / _digest((ROOT / "csrc", HERE), flags) / "libfastreg_cuda_sim.so"
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "ops.cpp"]
-    objects = [(source, [*flags, *_torch_flags()]) for source in sources]
-    objects += [(HERE / name, flags) for name in _SOURCES]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        folders = (ROOT / "csrc", HERE)
+        doors = list(pool.map(lambda source: _object(source, folders, [*flags, *_torch_flags()]), sources))
     torch_libraries = Path(torch.__file__).parent / "lib"
     link = ["-shared", f"-L{torch_libraries}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-ldl"]
-    return _make(target, objects, link)
+    return _linked("libfastreg_cuda_sim.so", [*doors, *_simulator_objects(flags)], link)
 
 
-def standalone(source_root: Path = ROOT / "csrc", sanitize: str = "") -> Path:
+def standalone(source_root: Path = ROOT / "csrc", sanitize: str = "", defines: Sequence[str] = ()) -> Path:
     """The program of standalone.cpp: the kernels against fp64 without torch.
 
     Args:
         source_root: csrc, or a copy of it that was changed on purpose.
         sanitize: what to give to ``-fsanitize=``.
+        defines: macros to define.
     """
-    flags = [*_common_flags(), "-O1", "-g1", f"-I{source_root / 'cuda'}"]
-    if sanitize:
-        flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"]
-    key = [flag.replace(str(source_root), "csrc") for flag in flags]
-    target = BUILD / _digest((source_root, HERE), key) / "standalone"
-    objects = [(HERE / name, flags) for name in ("standalone.cpp", *_SOURCES)]
-    return _make(target, objects, [flag for flag in flags if "sanitize" in flag] + ["-rdynamic", "-ldl"])
+    flags = [*_common_flags(), "-O1", "-g1"]
+    sanitizer = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+    flags += sanitizer
+    own = [*flags, *(f"-D{name}" for name in defines)]
+    program = _object(HERE / "standalone.cpp", (source_root, HERE), [*own, f"-I{source_root / 'cuda'}"], own)
+    return _linked("standalone", [program, *_simulator_objects(flags)], [*sanitizer, "-rdynamic", "-ldl"])

@@ -10,7 +10,8 @@ namespace simulator {
 
 #if defined(__x86_64__)
 
-// Saves what the calling convention says a call must keep, and the stack pointer; then the reverse for the other context.
+// Saves what the calling convention says a call must keep, and the stack pointer; then the reverse for the other
+// context.
 extern "C" void fastreg_switch_stack(void** save, void* load);
 
 asm(R"(

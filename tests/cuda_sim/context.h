@@ -1,7 +1,7 @@
 // One stack for each simulated CUDA thread, and the switch between them.
 //
-// swapcontext() asks the kernel to save the signal mask on every switch; on x86-64 a dozen instructions do without, some
-// thirty times faster. Elsewhere ucontext serves.
+// swapcontext() asks the kernel to save the signal mask on every switch; on x86-64 a dozen instructions do without,
+// some thirty times faster. Elsewhere ucontext serves.
 
 #pragma once
 

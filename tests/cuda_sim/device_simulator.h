@@ -21,7 +21,7 @@
 #define threadIdx (::simulator::running->index)
 #define blockIdx (::simulator::running->block->index)
 
-// --- barriers and warps --------------------------------------------------------------------------------------------------
+// --- barriers and warps ----------------------------------------------------------------------------------------------
 
 #define FASTREG_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
@@ -80,13 +80,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, FASTREG_SITE) {
       simulator::warp_operation(simulator::WarpOperation::vote, mask, predicate != 0, 0, {file, line}));
 }
 
-inline int __any_sync(unsigned mask, int predicate, FASTREG_SITE) { return __ballot_sync(mask, predicate, file, line) != 0; }
+inline int __any_sync(unsigned mask, int predicate, FASTREG_SITE) {
+  return __ballot_sync(mask, predicate, file, line) != 0;
+}
 
 inline int __all_sync(unsigned mask, int predicate, FASTREG_SITE) {
   return __ballot_sync(mask, predicate, file, line) == mask;
 }
 
-// --- memory and arithmetic -------------------------------------------------------------------------------------------------
+// --- memory and arithmetic -------------------------------------------------------------------------------------------
 
 // Threads take turns only where they wait, so a plain read and write is atomic.
 template <class Value>
@@ -118,7 +120,7 @@ inline float __fdividef(float left, float right) { return left / right; }
 
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
-// --- launches ----------------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 template <class... Expected, class... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... arguments) {
@@ -138,15 +140,15 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(Expected...),
   return simulator::resident_clusters(clusters, *config);
 }
 
-// --- the names of csrc/cuda/device.cuh -----------------------------------------------------------------------------------------
+// --- the names of csrc/cuda/device.cuh -------------------------------------------------------------------------------
 
 namespace fastreg::cuda {
 
 inline constexpr bool simulated = true;
 
 // One variable a block: the key is the address of a static that each instance of the kernel has once.
-#define FASTREG_SHARED(type, name)      \
-  static const char name##_key = 0;     \
+#define FASTREG_SHARED(type, name)  \
+  static const char name##_key = 0; \
   type& name = *static_cast<type*>(::simulator::shared_variable(&name##_key, sizeof(type), alignof(type)))
 
 inline unsigned char* dynamic_shared() { return simulator::dynamic_shared(); }
@@ -176,8 +178,10 @@ inline void cluster_arrive() { simulator::cluster_arrive(); }
 
 inline void cluster_wait() { simulator::cluster_wait(); }
 
-inline void cluster_store(float* own, unsigned rank, float value) {
-  *static_cast<float*>(simulator::in_cluster(own, rank)) = value;
-}
+using simulator::Mailbox;
+using simulator::mailbox_expect;
+using simulator::mailbox_open;
+using simulator::mailbox_send;
+using simulator::mailbox_wait;
 
 }  // namespace fastreg::cuda

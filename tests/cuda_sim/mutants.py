@@ -1,7 +1,7 @@
-"""Copies of the kernels with one barrier, mask, bound or wait removed: each must be found, or the simulator proves nothing.
+"""Copies of the kernels with one barrier, mask, bound or wait removed. Each must be found, or a pass proves nothing.
 
-A mutant is compiled into the program of standalone.cpp and run under several schedules, and once more under the address
-sanitizer where it is about bounds.
+A mutant is compiled into the program of standalone.cpp and run under several schedules, with the address sanitizer
+where it is about bounds.
 """
 
 from __future__ import annotations
@@ -42,33 +42,53 @@ _FORWARD, _BACKWARD, _REDUCE = "layer_norm_forward.cuh", "layer_norm_backward.cu
 
 MUTANTS = (
     Mutant(
-        "no barrier between the warps' writes and reads",
+        "no barrier between what the warps write and read",
         _REDUCE,
-        "    __syncthreads();\n    value = lane < team.warps()",
-        "    value = lane < team.warps()",
+        "    }\n    __syncthreads();\n",
+        "    }\n",
         "is ",
     ),
-    Mutant("one set of exchange slots instead of two", _BACKWARD, "      turn ^= 1;\n", "", "is "),
     Mutant(
-        "no cluster barrier around the exchange between blocks",
+        "one set of exchange slots instead of two",
         _REDUCE,
-        "    cluster_arrive();\n    cluster_wait();\n",
+        "  const unsigned turn = round % 2;\n",
+        "  const unsigned turn = 0;\n",
+        "is ",
+    ),
+    Mutant(
+        "no wait for what other blocks send",
+        _REDUCE,
+        "    mailbox_wait(mailbox, round / 2 % 2);\n",
         "",
-        "is ",
+        "is |which has ended",
     ),
     Mutant(
-        "writes into blocks that may not have started",
-        _FORWARD,
-        "      if (arguments.cluster > 1) {\n        cluster_wait();\n      }\n      value = over_warps",
-        "      value = over_warps",
-        "has not started|arrived twice",
+        "a mailbox that does not know how much to expect",
+        _REDUCE,
+        "cluster * sizeof(values)",
+        "sizeof(values)",
+        "wait|is ",
     ),
-    Mutant("half of the lanes missing in the mask", _REDUCE, "all_lanes = 0xffffffffu", "all_lanes = 0xffffu", "mask"),
+    Mutant("the wrong round of a mailbox", _REDUCE, "round / 2 % 2", "round % 2", "wait|is |twice"),
+    Mutant(
+        "sends to blocks that may not have started",
+        _REDUCE,
+        "    if (cluster > 1) {\n      cluster_wait();\n    }\n",
+        "",
+        "has not started|not been opened",
+    ),
+    Mutant(
+        "half of the lanes missing in the mask",
+        _REDUCE,
+        "all_lanes = 0xffffffffu",
+        "all_lanes = 0xffffu",
+        "mask",
+    ),
     Mutant(
         "a barrier that only teams with a row reach",
         _BACKWARD,
-        "    if (wants_input) {\n      sums =",
-        "    if (wants_input && active) {\n      sums =",
+        "    if (wants_input) {\n      sums[0] =",
+        "    if (wants_input && active) {\n      sums[0] =",
         "divergent",
     ),
     Mutant(
@@ -132,14 +152,14 @@ MUTANTS = (
         "wide loads from rows that are not aligned",
         "layer_norm.cuh",
         "return aligned(data, 16) && row_stride * element_size % 16 == 0;",
-        "return aligned(data, 16);",
+        "return aligned(data, 16) && row_stride * element_size % 2 == 0;",
         "misaligned",
     ),
     Mutant(
         "a store that truncates",
         "vec.cuh",
-        "pairs[index] = __floats2bfloat162_rn(values[2 * index], values[2 * index + 1]);",
-        "pairs[index] = __nv_bfloat162(__float2bfloat16_rz(values[2 * index]), __float2bfloat16_rz(values[2 * index + 1]));",
+        "__floats2bfloat162_rn(values[2 * index], values[2 * index + 1]);",
+        "{__float2bfloat16_rz(values[2 * index]), __float2bfloat16_rz(values[2 * index + 1])};",
         "is ",
     ),
     Mutant(
@@ -178,6 +198,8 @@ def run(mutant: Mutant) -> str:
         path = sources / "cuda" / mutant.file
         text = path.read_text()
         if text.count(mutant.old) != 1:
-            raise ValueError(f"{mutant.name}: its text occurs {text.count(mutant.old)} times in {mutant.file}")
+            raise ValueError(
+                f"{mutant.name}: its text occurs {text.count(mutant.old)} times in {mutant.file}"
+            )
         path.write_text(text.replace(mutant.old, mutant.new))
-        return output_of(build.standalone(sources, mutant.sanitize))
+        return output_of(build.standalone(sources, mutant.sanitize, ("FASTREG_STANDALONE_CENTRED_ONLY",)))

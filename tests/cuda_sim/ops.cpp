@@ -1,26 +1,37 @@
-// The simulator's operators, fastreg_cuda_sim::<name>, with the schemas of csrc/ops.cpp, and the functions that its Python
-// side calls. The implementations are the doors of csrc/cuda, compiled into the same library.
+// The simulator's operators, fastreg_cuda_sim::<name>, with the schemas of csrc/ops.cpp, and the functions that its
+// Python side calls. The implementations are the doors of csrc/cuda, compiled into the same library.
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 
+#include "../../csrc/cuda/layer_norm_plan.h"
 #include "simulator.h"
 
 #define fastreg_native fastreg_cuda_sim
 #include "../../csrc/ops.cpp"
 
+namespace {
+
+simulator::Device device_of(int architecture, int multiprocessors) {
+  const int kilobytes = architecture >= 120 ? 100 : architecture >= 90 ? 228 : 164;
+  return {architecture, multiprocessors, (kilobytes - 1) * 1024, kilobytes * 1024, architecture >= 90 ? 8 : 1};
+}
+
+fastreg::cuda::DeviceTraits traits_of(int architecture, int multiprocessors) {
+  const simulator::Device device = device_of(architecture, multiprocessors);
+  return {architecture, multiprocessors, device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor};
+}
+
+}  // namespace
+
 extern "C" {
 
 void cuda_sim_configure(int architecture, int multiprocessors, int order, uint64_t seed, int clusters_at_once) {
-  simulator::Device device{};
-  device.architecture = architecture;
-  device.multiprocessors = multiprocessors;
-  const int kilobytes = architecture >= 120 ? 100 : architecture >= 90 ? 228 : 164;
-  device.shared_bytes_per_multiprocessor = kilobytes * 1024;
-  device.shared_bytes_per_block = (kilobytes - 1) * 1024;
-  device.largest_cluster = architecture >= 90 ? 8 : 1;
-  simulator::configure(device, {static_cast<simulator::Order>(order), seed, clusters_at_once});
+  simulator::configure(device_of(architecture, multiprocessors),
+                       {static_cast<simulator::Order>(order), seed, clusters_at_once});
 }
 
 // The kernels launched since the last call, as "count name" lines; valid until the next call.
@@ -28,5 +39,31 @@ const char* cuda_sim_launched() {
   static std::string text;
   text = simulator::launched();
   return text.c_str();
+}
+
+// The launch plans, in the order of their fields.
+void cuda_sim_forward_plan(int architecture, int multiprocessors, int64_t rows, int columns, int element_size,
+                           bool centred, bool wide, int64_t* fields) {
+  const auto plan = fastreg::cuda::forward_plan({rows, columns, element_size, centred, wide},
+                                                traits_of(architecture, multiprocessors));
+  const int64_t values[] = {plan.looped,          plan.width,   plan.packs,   plan.rows,
+                            plan.threads_per_row, plan.threads, plan.cluster, plan.blocks};
+  std::copy(std::begin(values), std::end(values), fields);
+}
+
+void cuda_sim_backward_plan(int architecture, int multiprocessors, int64_t rows, int columns, int element_size,
+                            bool centred, bool wide, int64_t* fields) {
+  const auto plan = fastreg::cuda::backward_plan({rows, columns, element_size, centred, wide},
+                                                 traits_of(architecture, multiprocessors));
+  const int64_t values[] = {static_cast<int64_t>(plan.kind),
+                            plan.width,
+                            plan.packs,
+                            plan.threads_per_row,
+                            plan.threads,
+                            plan.cluster,
+                            plan.blocks,
+                            plan.shared_bytes,
+                            plan.partials};
+  std::copy(std::begin(values), std::end(values), fields);
 }
 }

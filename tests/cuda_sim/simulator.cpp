@@ -91,7 +91,7 @@ void make_ready(const std::vector<Thread*>& threads) {
 
 void wait_for_others() { running->context.switch_to(scheduler); }
 
-// --- the life of a thread ------------------------------------------------------------------------------------------------
+// --- the life of a thread --------------------------------------------------------------------------------------------
 
 void thread_exits() {
   Thread* thread = running;
@@ -105,7 +105,8 @@ void thread_exits() {
   }
   for (const Meeting& meeting : warp.meetings) {
     if ((meeting.mask >> thread->lane() & 1u) != 0) {
-      fail("divergent warp: " + describe(*thread) + " has ended while its lane is awaited at " + describe(meeting.site));
+      fail("divergent warp: " + describe(*thread) + " has ended while its lane is awaited at " +
+           describe(meeting.site));
     }
   }
 }
@@ -140,7 +141,7 @@ std::unique_ptr<Thread> take_thread() {
   return thread;
 }
 
-// --- the life of a cluster -----------------------------------------------------------------------------------------------
+// --- the life of a cluster -------------------------------------------------------------------------------------------
 
 std::unique_ptr<Block> start_block(unsigned block_index, unsigned rank, Cluster* cluster) {
   auto block = std::make_unique<Block>();
@@ -149,7 +150,8 @@ std::unique_ptr<Block> start_block(unsigned block_index, unsigned rank, Cluster*
   block->cluster = cluster;
   const size_t bytes = static_shared_bytes + launch.dynamic_bytes;
   block->memory.reset(new unsigned char[bytes + red_zone_bytes + 16]);
-  block->shared = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->memory.get()) + 15) & ~uintptr_t{15});
+  block->shared =
+      reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block->memory.get()) + 15) & ~uintptr_t{15});
   std::memset(block->shared, poison, bytes);
   std::memset(block->shared + bytes, red_zone, red_zone_bytes);
   block->warps.resize((blockDim.x + 31) / 32);
@@ -180,13 +182,14 @@ void end_cluster(Cluster& cluster) {
   for (const auto& block : cluster.blocks) {
     for (Thread* thread : block->threads) idle_threads.emplace_back(thread);
     const unsigned char* zone = block->shared + static_shared_bytes + launch.dynamic_bytes;
-    if (launch.error.empty() && std::any_of(zone, zone + red_zone_bytes, [](unsigned char byte) { return byte != red_zone; })) {
+    if (launch.error.empty() &&
+        std::any_of(zone, zone + red_zone_bytes, [](unsigned char byte) { return byte != red_zone; })) {
       launch.error = "block " + std::to_string(block->index.x) + " wrote beyond its shared memory";
     }
   }
 }
 
-// --- the scheduler ---------------------------------------------------------------------------------------------------------
+// --- the scheduler ---------------------------------------------------------------------------------------------------
 
 Thread* next_thread() {
   Thread* thread;
@@ -213,17 +216,21 @@ std::string describe_deadlock() {
   text << "deadlock:";
   for (const auto& cluster : launch.clusters) {
     if (!cluster->waiting.empty()) {
-      text << " " << cluster->waiting.size() << " threads wait at a cluster barrier where " << cluster->arrived << " arrived;";
+      text << " " << cluster->waiting.size() << " threads wait at a cluster barrier where " << cluster->arrived
+           << " arrived;";
     }
     for (const auto& block : cluster->blocks) {
       if (!block->at_barrier.empty()) {
-        text << " divergent barrier: " << block->at_barrier.size() << " of " << block->threads.size() << " threads of block "
-             << block->index.x << " wait at " << describe(block->barrier_site) << ";";
+        text << " divergent barrier: " << block->at_barrier.size() << " of " << block->threads.size()
+             << " threads of block " << block->index.x << " wait at " << describe(block->barrier_site) << ";";
+      }
+      if (!block->at_mailbox.empty()) {
+        text << " " << block->at_mailbox.size() << " threads of block " << block->index.x << " wait at a mailbox;";
       }
       for (const Warp& warp : block->warps) {
         for (const Meeting& meeting : warp.meetings) {
-          text << " divergent warp: lanes " << std::hex << meeting.arrived << " of " << meeting.mask << std::dec << " of block "
-               << block->index.x << " wait at " << describe(meeting.site) << ";";
+          text << " divergent warp: lanes " << std::hex << meeting.arrived << " of " << meeting.mask << std::dec
+               << " of block " << block->index.x << " wait at " << describe(meeting.site) << ";";
         }
       }
     }
@@ -264,7 +271,7 @@ void run_clusters(unsigned clusters) {
 
 }  // namespace
 
-// --- errors, barriers, warps ---------------------------------------------------------------------------------------------
+// --- errors, barriers, warps -----------------------------------------------------------------------------------------
 
 void fail(const std::string& message) {
   if (running == nullptr) {
@@ -277,7 +284,8 @@ void fail(const std::string& message) {
 void block_barrier(Site site) {
   Block& block = *running->block;
   if (block.exited > 0) {
-    fail("divergent barrier: " + describe(*running) + " reached " + describe(site) + ", but threads of its block have ended");
+    fail("divergent barrier: " + describe(*running) + " reached " + describe(site) +
+         ", but threads of its block have ended");
   }
   if (block.at_barrier.empty()) {
     block.barrier_site = site;
@@ -307,7 +315,8 @@ uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, 
     fail("the mask at " + describe(site) + " does not name the lane that uses it: " + describe(thread));
   }
   if ((mask & warp.exited) != 0) {
-    fail("divergent warp: the mask at " + describe(site) + " names a lane that has ended, in the warp of " + describe(thread));
+    fail("divergent warp: the mask at " + describe(site) + " names a lane that has ended, in the warp of " +
+         describe(thread));
   }
   auto meeting = std::find_if(warp.meetings.begin(), warp.meetings.end(),
                               [&](const Meeting& candidate) { return (candidate.mask & mask) != 0; });
@@ -334,7 +343,8 @@ uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, 
       if (operation == WarpOperation::shuffle) {
         const int from = meeting->sources[lane];
         if ((mask >> from & 1u) == 0) {
-          fail("a shuffle at " + describe(site) + " reads lane " + std::to_string(from) + ", which its mask does not name");
+          fail("a shuffle at " + describe(site) + " reads lane " + std::to_string(from) +
+               ", which its mask does not name");
         }
         other->received = meeting->values[from];
       } else {
@@ -349,7 +359,7 @@ uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, 
   return thread.received;
 }
 
-// --- clusters ----------------------------------------------------------------------------------------------------------------
+// --- clusters --------------------------------------------------------------------------------------------------------
 
 void cluster_arrive() {
   Cluster& cluster = *running->block->cluster;
@@ -379,7 +389,45 @@ void cluster_wait() {
   }
 }
 
-void* in_cluster(void* own, unsigned rank) {
+namespace {
+
+constexpr uint64_t mark_of_an_open_mailbox = 0x6f70656e6d61696c;
+
+void require_open(const Mailbox* mailbox) {
+  if (mailbox->opened != mark_of_an_open_mailbox) {
+    fail("a mailbox is used that has not been opened");
+  }
+}
+
+void end_round_if_complete(Block& block, Mailbox* mailbox) {
+  if (mailbox->expected == 0 || mailbox->missing_bytes != 0) {
+    return;
+  }
+  mailbox->expected = 0;
+  ++mailbox->round;
+  std::vector<Thread*> released;
+  for (const auto& [waited_for, thread] : block.at_mailbox) {
+    if (waited_for == mailbox) released.push_back(thread);
+  }
+  std::erase_if(block.at_mailbox, [&](const auto& waiting) { return waiting.first == mailbox; });
+  make_ready(released);
+}
+
+}  // namespace
+
+void mailbox_open(Mailbox* mailbox) { *mailbox = {mark_of_an_open_mailbox, 0, 0, 0}; }
+
+void mailbox_expect(Mailbox* mailbox, unsigned bytes) {
+  require_open(mailbox);
+  if (mailbox->expected != 0) {
+    fail("a mailbox is told twice in one round how much to expect");
+  }
+  mailbox->expected = 1;
+  mailbox->missing_bytes += bytes;
+  end_round_if_complete(*running->block, mailbox);
+}
+
+void mailbox_send(float* slot, Mailbox* mailbox, unsigned rank, float value) {
   Block& block = *running->block;
   if (rank >= block.cluster->blocks.size()) {
     fail("rank " + std::to_string(rank) + " is outside the cluster");
@@ -391,10 +439,23 @@ void* in_cluster(void* own, unsigned rank) {
   if (target.exited == target.threads.size()) {
     fail("access to the shared memory of block " + std::to_string(target.index.x) + ", which has ended");
   }
-  return target.shared + (static_cast<unsigned char*>(own) - block.shared);
+  const auto there = [&](void* own) { return target.shared + (static_cast<unsigned char*>(own) - block.shared); };
+  Mailbox* remote = reinterpret_cast<Mailbox*>(there(mailbox));
+  require_open(remote);
+  std::memcpy(there(slot), &value, sizeof(value));
+  remote->missing_bytes -= static_cast<int64_t>(sizeof(value));
+  end_round_if_complete(target, remote);
 }
 
-// --- shared memory and asynchronous copies ---------------------------------------------------------------------------------
+void mailbox_wait(Mailbox* mailbox, unsigned parity) {
+  require_open(mailbox);
+  while (mailbox->round % 2 == parity) {
+    running->block->at_mailbox.emplace_back(mailbox, running);
+    wait_for_others();
+  }
+}
+
+// --- shared memory and asynchronous copies ---------------------------------------------------------------------------
 
 void* shared_variable(const void* key, size_t bytes, size_t alignment) {
   for (const auto& [known, offset] : launch.variables) {
@@ -414,8 +475,8 @@ void* shared_variable(const void* key, size_t bytes, size_t alignment) {
 
 unsigned char* dynamic_shared() { return running->block->shared + static_shared_bytes; }
 
-// The bytes move at once or when they are waited for: code that reads too early, or has not read what they replace, gets
-// other bytes in one of the schedules.
+// The bytes move at once or when they are waited for: code that reads too early, or has not read what they replace,
+// gets other bytes in one of the schedules.
 void copy_async(void* target, const void* source) {
   check_aligned(target, 16);
   check_aligned(source, 16);
@@ -441,7 +502,7 @@ void copy_async_wait(size_t pending) {
   }
 }
 
-// --- launches ------------------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 void configure(const Device& device, const Schedule& schedule) {
   const std::lock_guard lock(one_launch);
@@ -480,14 +541,16 @@ void check_limits(const cudaLaunchConfig_t& config, const void* kernel, unsigned
   const auto require = [&](bool holds, const char* limit) {
     if (!holds) throw std::runtime_error(std::string("invalid launch of ") + name_of(kernel) + ": " + limit);
   };
-  require(config.blockDim.x >= 1 && config.blockDim.y == 1 && config.blockDim.z == 1, "blocks are one-dimensional here");
+  require(config.blockDim.x >= 1 && config.blockDim.y == 1 && config.blockDim.z == 1,
+          "blocks are one-dimensional here");
   require(config.blockDim.x <= maximum_threads, "more than 1024 threads a block");
   require(config.gridDim.x >= 1 && config.gridDim.x <= 2147483647u, "grid.x is 0 or more than 2^31 - 1");
   require(config.gridDim.y == 1 && config.gridDim.z == 1, "only grid.x may carry sizes");
   const auto allowed = allowed_shared_bytes.find(kernel);
   const int most = allowed == allowed_shared_bytes.end() ? shared_bytes_without_asking
                                                          : std::max(allowed->second, shared_bytes_without_asking);
-  require(config.dynamicSmemBytes <= static_cast<size_t>(most), "more dynamic shared memory than the kernel was allowed");
+  require(config.dynamicSmemBytes <= static_cast<size_t>(most),
+          "more dynamic shared memory than the kernel was allowed");
   require(cluster_size == 1 || the_device.architecture >= 90, "clusters need sm_90");
   require(cluster_size <= static_cast<unsigned>(the_device.largest_cluster), "the cluster is too large");
   require(config.gridDim.x % cluster_size == 0, "the grid is not a multiple of the cluster");
@@ -528,7 +591,7 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, std::function<voi
 
 }  // namespace simulator
 
-// --- the part of the CUDA runtime that is asked about the device -------------------------------------------------------------
+// --- the part of the CUDA runtime that is asked about the device -----------------------------------------------------
 
 extern "C" {
 

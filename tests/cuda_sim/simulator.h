@@ -1,9 +1,9 @@
 // Runs CUDA kernels on a CPU, one simulated thread after another, each until it has to wait for others.
 //
 // What a real GPU leaves to chance is an error here: a barrier that some threads of a block do not reach or reach at
-// another line, a warp operation whose mask names lanes that do not come, a write into a block that has not started or has
-// ended. What it leaves open is chosen by a schedule: the order in which threads continue, and how many blocks are under
-// way. An error ends the launch with an exception.
+// another line, a warp operation whose mask names lanes that do not come, a write into a block that has not started or
+// has ended. What it leaves open is chosen by a schedule: the order in which threads continue, and how many blocks are
+// under way. An error ends the launch with an exception.
 
 #pragma once
 
@@ -24,7 +24,7 @@ extern dim3 blockDim;
 
 namespace simulator {
 
-// --- the device --------------------------------------------------------------------------------------------------------
+// --- the device ------------------------------------------------------------------------------------------------------
 
 struct Device {
   int architecture;  // 90 for compute capability 9.0
@@ -52,7 +52,7 @@ const Device& device();
 // The kernels launched since the last call, as "count name" lines.
 std::string launched();
 
-// --- threads and blocks ------------------------------------------------------------------------------------------------
+// --- threads and blocks ----------------------------------------------------------------------------------------------
 
 // Where in the source an operation stands that several threads must reach together.
 struct Site {
@@ -72,6 +72,14 @@ struct Meeting {
   uint32_t arrived;
   uint64_t values[32];
   int sources[32];
+};
+
+// An mbarrier with one arrival a round, as csrc/cuda uses it; it lies in the memory of its block.
+struct Mailbox {
+  uint64_t opened;  // mark_of_an_open_mailbox, or poison
+  int64_t missing_bytes;
+  uint32_t round;
+  uint32_t expected;  // whether this round's arrival has happened
 };
 
 struct Thread;
@@ -94,6 +102,7 @@ struct Block {
   unsigned exited = 0;
   std::vector<Thread*> at_barrier;
   Site barrier_site{};
+  std::vector<std::pair<Mailbox*, Thread*>> at_mailbox;
 };
 
 struct Cluster {
@@ -125,7 +134,7 @@ struct Thread {
 
 extern Thread* running;
 
-// --- what a kernel may do ----------------------------------------------------------------------------------------------
+// --- what a kernel may do --------------------------------------------------------------------------------------------
 
 [[noreturn]] void fail(const std::string& message);
 
@@ -134,8 +143,11 @@ void block_barrier(Site site);
 uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, int source, Site site);
 void cluster_arrive();
 void cluster_wait();
-// The place of `own`, an address in the running block's shared memory, in the block of that rank.
-void* in_cluster(void* own, unsigned rank);
+void mailbox_open(Mailbox* mailbox);
+void mailbox_expect(Mailbox* mailbox, unsigned bytes);
+// Writes to where `slot` and `mailbox`, which lie in the running block's shared memory, are in the block of that rank.
+void mailbox_send(float* slot, Mailbox* mailbox, unsigned rank, float value);
+void mailbox_wait(Mailbox* mailbox, unsigned parity);
 
 // The variable of the running block that belongs to `key`, poisoned when the block starts.
 void* shared_variable(const void* key, size_t bytes, size_t alignment);
@@ -151,7 +163,7 @@ inline void check_aligned(const void* address, size_t bytes) {
   }
 }
 
-// --- launches ------------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 cudaError_t allow_shared_bytes(const void* kernel, int bytes);
 cudaError_t resident_clusters(int* clusters, const cudaLaunchConfig_t& config);

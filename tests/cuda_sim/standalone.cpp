@@ -21,7 +21,7 @@ namespace {
 using namespace fastreg::cuda;
 using fastreg::DType;
 
-// --- tensors -----------------------------------------------------------------------------------------------------------------
+// --- tensors ---------------------------------------------------------------------------------------------------------
 
 template <class Element>
 constexpr DType dtype_of() {
@@ -59,7 +59,7 @@ struct Matrix {
   }
 };
 
-// --- the criterion -----------------------------------------------------------------------------------------------------------
+// --- the criterion ---------------------------------------------------------------------------------------------------
 
 struct Case {
   int architecture;
@@ -90,7 +90,7 @@ void require(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error("a launch was refused");
 }
 
-// --- one case ----------------------------------------------------------------------------------------------------------------
+// --- one case --------------------------------------------------------------------------------------------------------
 
 template <class Element, bool centred>
 void run_case(const Case& current, const DeviceTraits& device) {
@@ -111,17 +111,35 @@ void run_case(const Case& current, const DeviceTraits& device) {
   Matrix<float> rstd(1, rows);
   const Parameter weight_parameter{weight.data, DType::Float32};
   const Parameter bias_parameter{centred ? bias.data : nullptr, DType::BFloat16};
-  require(launch_forward<Element, centred>(
-      ForwardArguments{.input = input.data, .output = output.data, .mean = mean.data, .rstd = rstd.data,
-                       .weight = weight_parameter, .bias = bias_parameter, .rows = rows, .row_stride = input.stride,
-                       .columns = columns, .threads_per_row = 0, .cluster = 1, .eps = 1e-5f},
-      device, nullptr));
+  require(launch_forward<Element, centred>(ForwardArguments{.input = input.data,
+                                                            .output = output.data,
+                                                            .mean = mean.data,
+                                                            .rstd = rstd.data,
+                                                            .weight = weight_parameter,
+                                                            .bias = bias_parameter,
+                                                            .rows = rows,
+                                                            .row_stride = input.stride,
+                                                            .columns = columns,
+                                                            .threads_per_row = 0,
+                                                            .cluster = 1,
+                                                            .eps = 1e-5f},
+                                           device, nullptr));
 
   Matrix<Element> grad_input(rows, columns);
-  BackwardArguments arguments{.grad_output = grad_output.data, .input = input.data, .mean = mean.data, .rstd = rstd.data,
-                              .weight = weight_parameter, .grad_input = grad_input.data, .weight_partials = nullptr,
-                              .bias_partials = nullptr, .rows = rows, .grad_output_stride = grad_output.stride,
-                              .input_stride = input.stride, .columns = columns, .threads_per_row = 0, .cluster = 1};
+  BackwardArguments arguments{.grad_output = grad_output.data,
+                              .input = input.data,
+                              .mean = mean.data,
+                              .rstd = rstd.data,
+                              .weight = weight_parameter,
+                              .grad_input = grad_input.data,
+                              .weight_partials = nullptr,
+                              .bias_partials = nullptr,
+                              .rows = rows,
+                              .grad_output_stride = grad_output.stride,
+                              .input_stride = input.stride,
+                              .columns = columns,
+                              .threads_per_row = 0,
+                              .cluster = 1};
   BackwardPlan plan;
   require(plan_backward<Element, centred>(arguments, device, plan));
   Matrix<float> weight_partials(plan.partials, columns);
@@ -166,10 +184,9 @@ void run_case(const Case& current, const DeviceTraits& device) {
       const double offset = centred ? bias.value(0, place) : 0.0;
       require_close<Element>("output", output.value(row, place), normalized * scale + offset,
                              (std::abs(normalized) + shift) * std::abs(scale) + std::abs(offset));
-      require_close<Element>("grad_input", grad_input.value(row, place),
-                             (gradient * scale - plain - normalized * projection) * exact_rstd,
-                             (std::abs(gradient * scale) + (1 + std::abs(normalized) + shift) * (1 + shift) * scaled_size) *
-                                 exact_rstd);
+      require_close<Element>(
+          "grad_input", grad_input.value(row, place), (gradient * scale - plain - normalized * projection) * exact_rstd,
+          (std::abs(gradient * scale) + (1 + std::abs(normalized) + shift) * (1 + shift) * scaled_size) * exact_rstd);
       exact_weight[column] += gradient * normalized;
       weight_terms[column] += std::abs(gradient) * (std::abs(normalized) + shift);
       exact_bias[column] += gradient;
@@ -179,17 +196,18 @@ void run_case(const Case& current, const DeviceTraits& device) {
   for (size_t column = 0; column < static_cast<size_t>(columns); ++column) {
     const int64_t place = static_cast<int64_t>(column);
     require_close<float>("grad_weight", grad_weight.value(0, place), exact_weight[column], weight_terms[column]);
-    if (centred) require_close<bfloat16>("grad_bias", grad_bias.value(0, place), exact_bias[column], bias_terms[column]);
+    if (centred)
+      require_close<bfloat16>("grad_bias", grad_bias.value(0, place), exact_bias[column], bias_terms[column]);
   }
 }
 
-// Rows within a warp, in one block, in a cluster, with sums in shared memory, beyond the chip; wide and one by one; each
-// with more rows than a persistent grid holds at once.
+// Rows within a warp, in one block, in a cluster, with sums in shared memory, beyond the chip; wide and one by one;
+// each with more rows than a persistent grid holds at once.
 constexpr Case cases[] = {
-    {90, 2, 37, 8, 0, 0},      {90, 2, 37, 96, 0, 0},    {90, 3, 70, 512, 8, 0},    {90, 2, 17, 1536, 0, 0},
-    {90, 2, 5, 4104, 0, 0},    {90, 8, 5, 16384, 0, 0},  {80, 2, 5, 8704, 0, 0},    {80, 2, 5, 33024, 0, 0},
-    {90, 2, 37, 3, 0, 0},      {90, 2, 19, 256, 1, 0},   {90, 2, 19, 1000, 0, 1},   {90, 2, 7, 2051, 0, 0},
-    {90, 8, 3, 16400, 0, 1},   {80, 2, 3, 16401, 0, 0},
+    {90, 2, 37, 8, 0, 0},    {90, 2, 37, 96, 0, 0},   {90, 3, 70, 512, 8, 0},  {90, 2, 17, 1536, 0, 0},
+    {90, 2, 5, 4104, 0, 0},  {90, 8, 5, 16384, 0, 0}, {80, 2, 5, 8704, 0, 0},  {80, 2, 5, 33024, 0, 0},
+    {90, 2, 37, 3, 0, 0},    {90, 2, 19, 256, 1, 0},  {90, 2, 19, 1000, 0, 1}, {90, 2, 7, 2051, 0, 0},
+    {90, 8, 3, 16400, 0, 1}, {80, 2, 3, 16401, 0, 0},
 };
 
 }  // namespace
@@ -208,7 +226,10 @@ int main(int count, char** values) {
       require(device_traits(0, device));
       run_case<float, true>(current, device);
       run_case<bfloat16, true>(current, device);
+#if !defined(FASTREG_STANDALONE_CENTRED_ONLY)
       run_case<float, false>(current, device);
+      run_case<float16, false>(current, device);
+#endif
     } catch (const std::exception& exception) {
       std::printf("%s: %s\n", describe(current).c_str(), exception.what());
       return 1;

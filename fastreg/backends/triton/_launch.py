@@ -14,7 +14,7 @@ the number of programs depends on the device, by its multiprocessors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -120,46 +120,45 @@ def vector(hidden: int, *row_strides: int, aligned: bool = True) -> int:
     return math.gcd(8, hidden, *row_strides) if aligned else 1
 
 
-# Each row of a tile costs registers for its addresses, too.
-_MAXIMUM_ROWS = 512
-# Powers of two, as a tile's rows have to be.
+# Each row of a tile of short rows costs registers for its addresses, too. All three are powers of two, as a tile's rows
+# have to be.
+_SHORT_ROWS = 512
+_SHORT_ROW_WARPS = 8
 _SHORT_ROW_ELEMENTS = 16
 
 
-def _tile(hidden: int, itemsize: int, limits: Iterable[_Limit]) -> Tile | None:
+def _tile(hidden: int, itemsize: int, limits: Sequence[_Limit]) -> Tile | None:
     """The tile of whole rows within the first limit that allows one, with as few warps a row as it allows."""
     lane = VECTOR_BYTES // itemsize
+    if hidden <= LANES * lane:
+        return _short_row_tile(hidden, itemsize, limits[0])
     for limit in limits:
         for row_warps in (1, 2, 4, 8, 16, 32):
             block = LANES * lane * row_warps
-            if hidden < block and row_warps == 1:
-                # Several rows a warp. The threads of a warp that masked columns leave idle cost nothing that counts.
-                block = next_power_of_two(hidden)
             chunks = ceil_div(hidden, block)
             even = chunks * block == hidden
             if row_warps > limit.warps or chunks * lane > limit.elements or (limit.even and not even):
                 continue
-            rows = limit.warps // row_warps
-            if row_warps == 1 and chunks == 1:
-                elements = min(limit.elements, _SHORT_ROW_ELEMENTS)
-                rows = min(_MAXIMUM_ROWS, LANES * limit.warps * elements // block)
-            return Tile(
-                rows, block, chunks, limit.warps, even, limit.packed and itemsize == 2, limit.prefetch
-            )
+            packed = limit.packed and itemsize == 2
+            return Tile(limit.warps // row_warps, block, chunks, limit.warps, even, packed, limit.prefetch)
     return None
+
+
+def _short_row_tile(hidden: int, itemsize: int, limit: _Limit) -> Tile:
+    """A tile of rows that a warp can load at once, or several of them."""
+    block = next_power_of_two(hidden)
+    rows = min(_SHORT_ROWS, LANES * _SHORT_ROW_WARPS * _SHORT_ROW_ELEMENTS // block)
+    return Tile(rows, block, 1, _SHORT_ROW_WARPS, block == hidden, prefetch=limit.prefetch)
 
 
 # Few warps a program, so that several programs on a multiprocessor overlap the loads of one with the reduction and the
 # stores of another. 32 elements a thread in about 64 registers let 4 programs of 8 warps run at a time; more elements
 # are taken if they cover the row exactly, before more warps than the row needs.
 _FORWARD = (
-    _Limit(4, 32, even=True),
     _Limit(8, 32, even=True),
     _Limit(16, 32, even=True),
-    _Limit(4, 56, even=True),
     _Limit(8, 56, even=True),
     _Limit(16, 56, even=True),
-    _Limit(4, 56),
     _Limit(8, 56),
     _Limit(16, 56),
 )
@@ -205,27 +204,28 @@ _GRAD_INPUT_LONG = {2: (*_GRAD_INPUT, _Limit(16, 40, packed=True)), 4: (*_GRAD_I
 
 # With weight gradients a program keeps one or two fp32 sums a column beside both tensors, and fills a multiprocessor by
 # itself. Nothing else runs there while it waits, so it loads the next tile ahead where the registers allow.
-_SUMS_UNALIGNED = (
-    _Limit(16, 16, even=True, packed=True),
-    _Limit(8, 24, even=True, packed=True),
-    _Limit(16, 16, packed=True),
-)
-_SUMS = (
+_SUMS_16_BIT = (
     _Limit(16, 16, even=True, packed=True, prefetch=True),
     _Limit(8, 24, even=True, packed=True, prefetch=True),
     _Limit(16, 16, packed=True, prefetch=True),
 )
-_SUMS_LONG = {
-    (1, 2): (*_SUMS, _Limit(16, 24, packed=True, prefetch=True), _Limit(16, 40, packed=True)),
-    (1, 4): (*_SUMS, _Limit(16, 20, prefetch=True), _Limit(16, 24)),
-    (2, 2): (*_SUMS, _Limit(16, 24, packed=True)),
-    (2, 4): (*_SUMS, _Limit(16, 20)),
+_SUMS_32_BIT = (
+    _Limit(8, 24, even=True, prefetch=True),
+    _Limit(8, 32, prefetch=True),
+)
+# By the number of sums and the size of an element.
+_SUMS = {
+    (1, 2): (*_SUMS_16_BIT, _Limit(16, 24, packed=True, prefetch=True), _Limit(16, 40, packed=True)),
+    (1, 4): (*_SUMS_32_BIT, _Limit(16, 20, prefetch=True), _Limit(16, 24)),
+    (2, 2): (*_SUMS_16_BIT, _Limit(16, 24, packed=True)),
+    (2, 4): (*_SUMS_32_BIT, _Limit(16, 20)),
 }
+_SUMS_UNALIGNED = (_Limit(8, 24, even=True, packed=True), _Limit(8, 32, packed=True))
 
 _SPLIT_WARPS = 8
 _SPLIT_VECTORS = 2
 # Two of the smaller programs of a split row fit on a multiprocessor.
-_SPLIT_PROGRAMS = 2
+SPLIT_PROGRAMS = 2
 # A program that walks over one tile only would leave as much in partial sums as it reads.
 _TILES_A_PROGRAM = 2
 
@@ -234,7 +234,7 @@ _TILES_A_PROGRAM = 2
 def _backward_tile(hidden: int, itemsize: int, vector: int, sums: int) -> Tile | None:
     if sums == 0:
         return _tile(hidden, itemsize, _GRAD_INPUT if vector == 1 else _GRAD_INPUT_LONG[itemsize])
-    return _tile(hidden, itemsize, _SUMS_UNALIGNED if vector == 1 else _SUMS_LONG[sums, itemsize])
+    return _tile(hidden, itemsize, _SUMS_UNALIGNED if vector == 1 else _SUMS[sums, itemsize])
 
 
 def backward(rows: int, hidden: int, itemsize: int, vector: int, sums: int, multiprocessors: int) -> Backward:
@@ -247,7 +247,7 @@ def backward(rows: int, hidden: int, itemsize: int, vector: int, sums: int, mult
     block = LANES * _SPLIT_WARPS * (VECTOR_BYTES // itemsize) * _SPLIT_VECTORS
     tile = Tile(1, block, 1, _SPLIT_WARPS, even=hidden % block == 0, prefetch=vector > 1)
     column_programs = ceil_div(hidden, block)
-    row_programs = min(rows, ceil_div(_SPLIT_PROGRAMS * multiprocessors, column_programs))
+    row_programs = min(rows, ceil_div(SPLIT_PROGRAMS * multiprocessors, column_programs))
     return Backward(tile, row_programs, column_programs, projection=_loop_tile(hidden, itemsize))
 
 

@@ -1,0 +1,147 @@
+"""The compiled library itself: its schemas, the checks at its doors, and the kernels of every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cases import Case, Mix, Size
+from fastreg import _library
+from specs import SPECS
+from suite import OpSpec, cases, check_case, make_tensors, plain_case
+
+pytestmark = pytest.mark.only(backend="native")
+
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+LEVELS = ("baseline", "avx2", "avx512")
+
+
+def native(name: str) -> Any:
+    return getattr(torch.ops.fastreg_native, name).default
+
+
+def test_the_loaded_schemas_are_those_of_python() -> None:
+    for name, operator in _library.OPERATORS.items():
+        assert str(native(name)._schema) == str(operator.overload._schema).replace(
+            "fastreg::", "fastreg_native::"
+        )
+
+
+# --- doors ---
+
+
+def arguments(spec: OpSpec, device: str, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of both operators by name, with some changed."""
+    size = Size((6, 40), {"normalized_shape": (40,)})
+    case: Case = plain_case(spec, size, Mix((torch.float32,) * (1 + len(spec.parameters))))
+    tensors = make_tensors(spec, case, device)
+    _, saved = native(f"{spec.name}_fwd")(*spec.forward(case, tensors))
+    both = []
+    for direction, given in (
+        ("fwd", spec.forward(case, tensors)),
+        ("bwd", (*spec.backward(case, tensors, saved), [True] * len(spec.differentiable))),
+    ):
+        names = [argument.name for argument in native(f"{spec.name}_{direction}")._schema.arguments]
+        named = dict(zip(names, given, strict=True))
+        both.append({**named, **{name: value for name, value in changes.items() if name in names}})
+    return both[0], both[1]
+
+
+ROWS = torch.randn(40, 6)
+REFUSED = {
+    "input of columns": ({"input": ROWS.t()}, "input cannot be viewed as rows of 40 adjacent elements"),
+    "grad_output of columns": ({"grad_output": ROWS.t()}, "grad_output cannot be viewed as rows of 40"),
+    "every second element": ({"input": torch.randn(6, 80)[:, ::2]}, "input cannot be viewed as rows"),
+    "integers": ({"input": torch.ones(6, 40, dtype=torch.int64)}, "input must be float32, bfloat16, float16"),
+    "too few normalised dimensions": ({"normalized_ndim": 0}, "normalized_ndim must be between 1 and .* 2"),
+    "too many normalised dimensions": ({"normalized_ndim": 3}, "normalized_ndim must be between 1 and .* 2"),
+    "a short weight": ({"weight": torch.ones(39)}, "weight must have 40 elements, but has 39"),
+    "a scattered weight": ({"weight": torch.ones(80)[::2]}, "weight must be contiguous"),
+    "a weight of integers": ({"weight": torch.ones(40, dtype=torch.int32)}, "weight must be float32"),
+    "a weight of doubles": (
+        {"weight": torch.ones(40, dtype=torch.float64)},
+        "weight is float64 but input is float32",
+    ),
+    "grad_output of another dtype": (
+        {"grad_output": torch.ones(6, 40).half()},
+        "grad_output must have the shape, dtype",
+    ),
+    "grad_output of another shape": (
+        {"grad_output": torch.ones(7, 40)},
+        "grad_output must have the shape, dtype",
+    ),
+    "statistics of another dtype": ({"statistics": torch.ones(12).bfloat16()}, "statistics must"),
+    "too few statistics": ({"statistics": torch.ones(5)}, "statistics must have .* elements, but has 5"),
+    "the gradient of no weight": (
+        {"weight": None},
+        "output_mask asks for the gradient of weight, which was not given",
+    ),
+}
+
+
+@each_spec
+@pytest.mark.parametrize("case", [pytest.param(value, id=name) for name, value in REFUSED.items()])
+def test_a_broken_contract_is_refused_at_the_door(
+    spec: OpSpec, case: tuple[dict[str, Any], str], device: str
+) -> None:
+    """ops/ never passes any of these on; a caller of the operators might."""
+    changes, message = case
+    changes = {
+        name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in changes.items()
+    }
+    refused = 0
+    for direction, given in zip(("fwd", "bwd"), arguments(spec, device, **changes), strict=True):
+        # A missing weight is only wrong where its gradient is asked for, and so on.
+        if not (set(changes) & set(given)) or (direction == "fwd" and "output_mask" in message):
+            continue
+        with pytest.raises(RuntimeError, match=f"fastreg_native::{spec.name}.*{message}"):
+            native(f"{spec.name}_{direction}")(**given)
+        refused += 1
+    assert refused >= 1
+
+
+# --- instruction sets ---
+
+
+@pytest.fixture
+def _the_same_level_afterwards() -> Iterator[None]:
+    before = torch.ops.fastreg_native.simd()
+    yield
+    torch.ops.fastreg_native.set_simd(before)
+
+
+def has(level: str) -> bool:
+    """What the processor is able to do, from torch rather than from the code under test."""
+    from torch.backends import cpu
+
+    order = ("DEFAULT", "AVX2", "AVX512")
+    return order.index(cpu.get_cpu_capability()) >= LEVELS.index(level)
+
+
+@pytest.mark.only(backend="native", device="cpu")
+@pytest.mark.usefixtures("_the_same_level_afterwards")
+@each_spec
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set_keeps_the_contract(spec: OpSpec, level: str) -> None:
+    """On a processor without it, asking for an instruction set is an error and changes nothing."""
+    before = torch.ops.fastreg_native.simd()
+    if not has(level):
+        with pytest.raises(RuntimeError, match=f"does not have {level}"):
+            torch.ops.fastreg_native.set_simd(level)
+        assert torch.ops.fastreg_native.simd() == before
+        return
+    torch.ops.fastreg_native.set_simd(level)
+    assert torch.ops.fastreg_native.simd() == level
+    for case in cases(spec, sparse=True):
+        check_case(spec, case)
+
+
+@pytest.mark.only(backend="native", device="cpu")
+@pytest.mark.usefixtures("_the_same_level_afterwards")
+def test_the_widest_instruction_set_is_chosen_and_unknown_ones_are_refused() -> None:
+    assert torch.ops.fastreg_native.simd() == [level for level in LEVELS if has(level)][-1]
+    with pytest.raises(RuntimeError, match="expected baseline, avx2 or avx512, but got sse"):
+        torch.ops.fastreg_native.set_simd("sse")
