@@ -35,7 +35,8 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 # Longest prefix first wins; a module may import from its own row (the rooms named in one row) and from lower ones.
 LAYERS = (
-    ("fastreg.__main__", "fastreg.cli"),
+    ("fastreg.__main__",),
+    ("fastreg.cli",),
     ("fastreg",),
     ("fastreg.convert",),
     ("fastreg.nn",),

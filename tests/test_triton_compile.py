@@ -218,7 +218,7 @@ SHAPES = (
         Shape(hidden, BF16, F32)
         for hidden in (64, 768, 1000, 1024, 7168, 8192, 28672, 32768, 65536, 262144, 262152)
     ),
-    *(Shape(hidden, BF16, F32) for hidden in (1, 3, 17, 257, 8193)),
+    *(Shape(hidden, BF16, F32) for hidden in (1, 3, 17, 257, 1002, 8193)),
     *(Shape(hidden, F32, F32) for hidden in (64, 1024, 7168, 28672, 32768, 65536)),
     Shape(28672, F32, F32, aligned=False),
     Shape(65536, F16, BF16),
@@ -229,7 +229,7 @@ SHAPES = (
         Shape(hidden, BF16, F32, gradients="iwb")
         for hidden in (64, 768, 1000, 1024, 5120, 8192, 12288, 65536)
     ),
-    *(Shape(hidden, BF16, F32, gradients="iwb") for hidden in (1, 3, 17, 257, 4095, 8191, 8193)),
+    *(Shape(hidden, BF16, F32, gradients="iwb") for hidden in (1, 3, 17, 257, 1002, 1004, 8191, 8193)),
     *(Shape(hidden, F32, F32, gradients="iwb") for hidden in (64, 768, 1000, 4096, 10240, 65536)),
     *(Shape(hidden, F16, F16, centred=False, gradients="iw") for hidden in (4096, 12288, 20480)),
     *(Shape(hidden, F32, BF16, centred=False, gradients="iw") for hidden in (10240, 12288)),
@@ -237,6 +237,8 @@ SHAPES = (
     *(Shape(hidden, F32, F32, gradients="i") for hidden in (7168, 14336)),
     Shape(4096, BF16, F32, gradients="b"),
     Shape(65536, BF16, F32, gradients="w"),
+    Shape(65535, F16, F16, centred=False, gradients="iw"),
+    Shape(65532, F32, F32, gradients="iwb"),
 )
 
 

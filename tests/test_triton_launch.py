@@ -116,10 +116,13 @@ def test_backward_reads_once_up_to(itemsize: int, sums: int, longest: int) -> No
     assert _launch.backward(4096, longest + 8, itemsize, 8, sums, H100).projection is not None
 
 
-@pytest.mark.parametrize(("itemsize", "vector", "longest"), [(2, 8, 65536), (4, 8, 32768), (2, 1, 28671)])
+@pytest.mark.parametrize(
+    ("itemsize", "vector", "longest"),
+    [(2, 8, 65536), (4, 8, 32768), (4, 4, 32764), (2, 4, 28668), (2, 1, 28671)],
+)
 def test_forward_reads_once_up_to(itemsize: int, vector: int, longest: int) -> None:
     assert not _launch.forward(64, longest, itemsize, vector).looped
-    assert _launch.forward(64, longest + 2, itemsize, vector).looped
+    assert _launch.forward(64, longest + 8, itemsize, vector).looped
 
 
 def test_partial_sums_are_few_beside_4096_rows() -> None:

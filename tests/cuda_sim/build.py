@@ -125,17 +125,17 @@ def library() -> Path:
     return _linked("libfastreg_cuda_sim.so", [*doors, *_simulator_objects(flags)], link)
 
 
-def standalone(source_root: Path = ROOT / "csrc", sanitize: str = "", defines: Sequence[str] = ()) -> Path:
+def standalone(source_root: Path = ROOT / "csrc", sanitize: str = "", extra: Sequence[str] = ()) -> Path:
     """The program of standalone.cpp: the kernels against fp64 without torch.
 
     Args:
         source_root: csrc, or a copy of it that was changed on purpose.
         sanitize: what to give to ``-fsanitize=``.
-        defines: macros to define.
+        extra: flags for the compiler.
     """
     flags = [*_common_flags(), "-O1", "-g1"]
     sanitizer = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
     flags += sanitizer
-    own = [*flags, *(f"-D{name}" for name in defines)]
+    own = [*flags, *extra]
     program = _object(HERE / "standalone.cpp", (source_root, HERE), [*own, f"-I{source_root / 'cuda'}"], own)
     return _linked("standalone", [program, *_simulator_objects(flags)], [*sanitizer, "-rdynamic", "-ldl"])

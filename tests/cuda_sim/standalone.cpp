@@ -5,6 +5,7 @@
 //
 // Exits with 1 and one line for the first result that is wrong or error that the simulator found.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -79,8 +80,11 @@ std::string describe(const Case& current) {
 // Half a unit of the output's dtype and sixteen fp32 roundings of the terms that were added up.
 template <class Element>
 void require_close(const char* name, double actual, double exact, double terms) {
-  const double epsilon = sizeof(Element) == 4 ? 0.0 : std::is_same_v<Element, bfloat16> ? 1.0 / 128 : 1.0 / 1024;
-  const double allowed = 0.51 * epsilon * std::abs(exact) + 16 * std::ldexp(1.0, -24) * terms;
+  const bool is_bfloat16 = std::is_same_v<Element, bfloat16>;
+  const double epsilon = sizeof(Element) == 4 ? 0.0 : is_bfloat16 ? 1.0 / 128 : 1.0 / 1024;
+  // Below the smallest normal number the spacing shrinks no further.
+  const double size = std::max(std::abs(exact), std::ldexp(1.0, is_bfloat16 ? -126 : -14));
+  const double allowed = 0.51 * epsilon * size + 16 * std::ldexp(1.0, -24) * terms;
   if (!(std::abs(actual - exact) <= allowed)) {
     throw std::runtime_error(std::string(name) + " is " + std::to_string(actual) + ", exact " + std::to_string(exact));
   }

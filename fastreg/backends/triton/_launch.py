@@ -120,6 +120,11 @@ def vector(hidden: int, *row_strides: int, aligned: bool = True) -> int:
     return math.gcd(8, hidden, *row_strides) if aligned else 1
 
 
+def _narrow(itemsize: int, vector: int) -> bool:
+    """Whether loads are narrower than 16 bytes: then 16-bit elements lie in a register each, with more addresses."""
+    return vector * itemsize < VECTOR_BYTES
+
+
 # Each row of a tile of short rows costs registers for its addresses, too. All three are powers of two, as a tile's rows
 # have to be.
 _SHORT_ROWS = 512
@@ -166,7 +171,7 @@ _FORWARD = (
 _FORWARD_LONG = (*_FORWARD, _Limit(32, 32))
 _FORWARD_PACKED = (*_FORWARD_LONG, _Limit(32, 64, packed=True))
 
-_LOOP_WARPS = 16
+_LOOP_WARPS = 8
 _LOOP_VECTORS = 2
 
 
@@ -177,8 +182,7 @@ def _loop_tile(hidden: int, itemsize: int) -> Tile:
 
 @cache
 def _forward_tile(hidden: int, itemsize: int, vector: int) -> Tile | None:
-    if vector == 1:
-        # Elements that are loaded one by one take a register each.
+    if _narrow(itemsize, vector):
         return _tile(hidden, itemsize, _FORWARD)
     return _tile(hidden, itemsize, _FORWARD_PACKED if itemsize == 2 else _FORWARD_LONG)
 
@@ -220,21 +224,22 @@ _SUMS = {
     (2, 2): (*_SUMS_16_BIT, _Limit(16, 24, packed=True)),
     (2, 4): (*_SUMS_32_BIT, _Limit(16, 20)),
 }
-_SUMS_UNALIGNED = (_Limit(8, 24, even=True, packed=True), _Limit(8, 32, packed=True))
+_SUMS_NARROW = (_Limit(8, 24, even=True, packed=True), _Limit(8, 32, packed=True))
 
 _SPLIT_WARPS = 8
-_SPLIT_VECTORS = 2
-# Two of the smaller programs of a split row fit on a multiprocessor.
-SPLIT_PROGRAMS = 2
+_SPLIT_VECTORS = 1
+# Programs of a split row carry less, and three of them fit on a multiprocessor.
+SPLIT_PROGRAMS = 3
 # A program that walks over one tile only would leave as much in partial sums as it reads.
 _TILES_A_PROGRAM = 2
 
 
 @cache
 def _backward_tile(hidden: int, itemsize: int, vector: int, sums: int) -> Tile | None:
+    narrow = _narrow(itemsize, vector)
     if sums == 0:
-        return _tile(hidden, itemsize, _GRAD_INPUT if vector == 1 else _GRAD_INPUT_LONG[itemsize])
-    return _tile(hidden, itemsize, _SUMS_UNALIGNED if vector == 1 else _SUMS[sums, itemsize])
+        return _tile(hidden, itemsize, _GRAD_INPUT if narrow else _GRAD_INPUT_LONG[itemsize])
+    return _tile(hidden, itemsize, _SUMS_NARROW if narrow else _SUMS[sums, itemsize])
 
 
 def backward(rows: int, hidden: int, itemsize: int, vector: int, sums: int, multiprocessors: int) -> Backward:
@@ -245,7 +250,7 @@ def backward(rows: int, hidden: int, itemsize: int, vector: int, sums: int, mult
         programs = min(multiprocessors, ceil_div(tiles, _TILES_A_PROGRAM)) if sums else tiles
         return Backward(tile, programs, 1, projection=None)
     block = LANES * _SPLIT_WARPS * (VECTOR_BYTES // itemsize) * _SPLIT_VECTORS
-    tile = Tile(1, block, 1, _SPLIT_WARPS, even=hidden % block == 0, prefetch=vector > 1)
+    tile = Tile(1, block, 1, _SPLIT_WARPS, even=hidden % block == 0, prefetch=vector >= 4)
     column_programs = ceil_div(hidden, block)
     row_programs = min(rows, ceil_div(SPLIT_PROGRAMS * multiprocessors, column_programs))
     return Backward(tile, row_programs, column_programs, projection=_loop_tile(hidden, itemsize))

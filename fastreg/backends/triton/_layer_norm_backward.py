@@ -32,7 +32,6 @@ def project_looped(
 ) -> None:
     """The projections of one row's scaled gradient on its normalised values and, if CENTRED, on a constant."""
     hidden = hidden_vectors * VECTOR
-    blocks = hidden // BLOCK
     columns = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     grads = grad_output + row * (grad_output_stride.to(tl.int64) * VECTOR)
@@ -45,21 +44,18 @@ def project_looped(
         rstd = tl.load(statistics + row)
     on_normalized = tl.zeros([BLOCK], tl.float32)
     on_constant = tl.zeros([BLOCK], tl.float32)
-    for block in range(0, blocks):
-        column = block * BLOCK + columns
-        grad = tl.load(grads + column).to(tl.float32)
+    for start in range(0, hidden, BLOCK):
+        column = start + columns
+        if EVEN:
+            grad = tl.load(grads + column).to(tl.float32)
+            values = tl.load(inputs + column).to(tl.float32)
+        else:
+            grad = tl.load(grads + column, mask=column < hidden, other=0.0).to(tl.float32)
+            values = tl.load(inputs + column, mask=column < hidden, other=0.0).to(tl.float32)
         if weight is not None:
-            grad *= load_parameter(weight, column, hidden, True)
-        on_normalized += grad * ((tl.load(inputs + column).to(tl.float32) - mean) * rstd)
-        on_constant += grad
-    if not EVEN:
-        column = blocks * BLOCK + columns
-        mask = column < hidden
-        grad = tl.load(grads + column, mask=mask, other=0.0).to(tl.float32)
-        if weight is not None:
-            grad *= load_parameter(weight, column, hidden, False)
-        values = tl.load(inputs + column, mask=mask, other=0.0).to(tl.float32)
-        on_normalized += tl.where(mask, grad * ((values - mean) * rstd), 0.0)
+            grad *= load_parameter(weight, column, hidden, EVEN)
+        # Padding adds nothing to either sum: its gradient was loaded as 0.
+        on_normalized += grad * ((values - mean) * rstd)
         on_constant += grad
     tl.store(projections + row, tl.sum(on_normalized) / hidden)
     if CENTRED:
