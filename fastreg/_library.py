@@ -9,6 +9,7 @@ is traced (``torch.compile``, ``torch.export``) records the first one, so that a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,23 +46,32 @@ class Operator:
         return implementation(tensor, *arguments)
 
     def __call__(self, tensor: torch.Tensor, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.overload(tensor, *arguments)
-        key = (backends.requested(), tensor.device, tensor.dtype)
-        route = self._routes.get(key)
-        if route is None:
-            # On a meta tensor only the fake runs, which no backend needs to serve.
-            is_native = not tensor.is_meta and backends.pick(self.op, tensor) == "native"
-            route = self._routes[key] = native.overload(self.name) if is_native else self.overload
-        return route(tensor, *arguments)
+        return self.route(tensor)(tensor, *arguments)
 
-    def as_requested(self, request: str | None, tensor: torch.Tensor, *arguments: Any) -> Any:
-        """The call as it would be with ``request`` asked for: a backward runs where its forward ran."""
-        if request == backends.requested() or tensor.is_meta or torch.compiler.is_compiling():
-            return self(tensor, *arguments)
-        implementation = backends.implementation(
-            backends.pick_as(request, self.op, tensor), self.op, self.name
-        )
+    def route(self, tensor: torch.Tensor) -> Callable[..., Any]:
+        """What a call with this first argument runs; a forward keeps it, so that its backward runs where it ran."""
+        if torch.compiler.is_compiling():
+            return self.overload
+        route = self._routes.get((backends.requested(), tensor.device, tensor.dtype))
+        return self._new_route(tensor) if route is None else route
+
+    def _new_route(self, tensor: torch.Tensor) -> Callable[..., Any]:
+        request = backends.requested()
+        route: Callable[..., Any] = self.overload
+        # On a meta tensor only the fake runs, which no backend needs to serve.
+        if not tensor.is_meta:
+            if backends.pick(self.op, tensor) == "native":
+                route = native.overload(self.name)
+            elif request is not None:
+                route = partial(self._run_as, request)
+        self._routes[request, tensor.device, tensor.dtype] = route
+        return route
+
+    def _run_as(self, request: str, tensor: torch.Tensor, *arguments: Any) -> Any:
+        """The call as it was when ``request`` was asked for, even if by now something else is."""
+        if request == backends.requested():
+            return self.overload(tensor, *arguments)
+        implementation = backends.implementation(request, self.op, self.name)
         return implementation(tensor, *arguments)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 _LOW = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FULL = frozenset((torch.float64,))
@@ -32,7 +33,7 @@ def normalized_ndim(
     if type(normalized_shape) is not tuple:
         normalized_shape = _shape_tuple(op, normalized_shape)
     ndim = len(normalized_shape)
-    if not isinstance(input, torch.Tensor):
+    if not isinstance(input, Tensor):
         raise TypeError(f"{op}(): argument 'input' (position 1) must be Tensor, not {type(input).__name__}")
     if type(eps) is not float and not isinstance(eps, int | float):
         position = 4 if op == "rms_norm" else 5
@@ -56,7 +57,7 @@ def normalized_ndim(
     device = input.device
     for parameter in (weight, bias):
         if parameter is not None and not (
-            isinstance(parameter, torch.Tensor)
+            isinstance(parameter, Tensor)
             and parameter.shape == normalized_shape
             and parameter.dtype in allowed
             and parameter.device == device
@@ -74,7 +75,7 @@ def _raise_parameter_error(
     normalized_shape: tuple[int, ...],
     allowed: frozenset[torch.dtype],
 ) -> None:
-    if not isinstance(parameter, torch.Tensor):
+    if not isinstance(parameter, Tensor):
         position = 3 if name == "weight" else 4
         raise TypeError(
             f"{op}(): argument '{name}' (position {position}) must be Tensor, not {type(parameter).__name__}"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastreg import _library, backends
+from fastreg import _library
 from fastreg.backends.reference import layer_norm as formula
 from fastreg.ops import _checks, _norm
 from fastreg.ops._layout import row_regular
@@ -59,43 +59,44 @@ layer_norm_bwd = _library.define(
 class LayerNormFunction(torch.autograd.Function):
     """Autograd of layer_norm; saves the input, the parameters and two fp32 numbers a row."""
 
+    # The context is set up inside forward, not by setup_context: the transforms of torch.func, which need the latter,
+    # never get here (see _norm.transformed), and a second Python call and output a call would cost 1.5 us.
+
     @staticmethod
     def forward(
+        ctx: Any,
         input: torch.Tensor,
         normalized_ndim: int,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         eps: float,
     ) -> Any:
-        return layer_norm_fwd(input, normalized_ndim, weight, bias, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        input, ctx.normalized_ndim, weight, bias, ctx.eps = inputs
-        ctx.request = backends.requested()
-        ctx.save_for_backward(input, weight, bias, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+        output, statistics = layer_norm_fwd(input, normalized_ndim, weight, bias, eps)
+        ctx.save_for_backward(input, weight, bias, statistics)
+        ctx.normalized_ndim, ctx.eps, ctx.run_backward = normalized_ndim, eps, layer_norm_bwd.route(input)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight, bias, statistics = ctx.saved_tensors
         ndim, grad_output = ctx.normalized_ndim, grads[0]
-        if grad_output is None:
-            return None, None, None, None, None
-        needed = ctx.needs_input_grad
-        mask = (needed[0], needed[2], needed[3])
-        if _norm.differentiates_backward():
+        wants_input, _, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        mask = (wants_input, wants_weight, wants_bias)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Double backward: the same formula, in torch operations that reach back to the input.
             statistics = formula.layer_norm_statistics(input, ndim, ctx.eps)
             results = formula.layer_norm_bwd(grad_output, input, ndim, statistics, weight, bias, mask)
         else:
-            grad_output = row_regular(grad_output, ndim)
-            results = layer_norm_bwd.as_requested(
-                ctx.request, grad_output, input, ndim, statistics, weight, bias, mask
-            )
-        wanted = _norm.only_wanted(results, mask)
-        return wanted[0], None, wanted[1], wanted[2], None
+            if not grad_output.is_contiguous():
+                grad_output = row_regular(grad_output, ndim)
+            results = ctx.run_backward(grad_output, input, ndim, statistics, weight, bias, mask)
+        return (
+            results[0] if wants_input else None,
+            None,
+            results[1] if wants_weight else None,
+            results[2] if wants_bias else None,
+            None,
+        )
 
 
 _apply = _norm.direct_apply(LayerNormFunction)
@@ -161,11 +162,11 @@ def layer_norm(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if _norm.transformed():
-        output, _ = formula.layer_norm_fwd(input, ndim, weight, bias, eps)
-    elif not _norm.recorded(input, weight, bias):
-        output, _ = layer_norm_fwd(input, ndim, weight, bias, eps)
-    elif torch.compiler.is_compiling():
-        output, _ = LayerNormFunction.apply(input, ndim, weight, bias, eps)
+        return formula.layer_norm_fwd(input, ndim, weight, bias, eps)[0]
+    if not _norm.recorded(input, weight, bias):
+        return layer_norm_fwd(input, ndim, weight, bias, eps)[0]
+    if torch.compiler.is_compiling():
+        output: torch.Tensor = LayerNormFunction.apply(input, ndim, weight, bias, eps)
     else:
-        output, _ = _apply(input, ndim, weight, bias, eps)
+        output = _apply(input, ndim, weight, bias, eps)
     return output

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from fastreg import _library, backends
+from fastreg import _library
 from fastreg.backends.reference import rms_norm as formula
 from fastreg.ops import _checks, _norm
 from fastreg.ops._layout import row_regular
@@ -52,36 +52,32 @@ rms_norm_bwd = _library.define(
 class RMSNormFunction(torch.autograd.Function):
     """Autograd of rms_norm; saves the input, the weight and one fp32 number a row."""
 
-    @staticmethod
-    def forward(input: torch.Tensor, normalized_ndim: int, weight: torch.Tensor | None, eps: float) -> Any:
-        return rms_norm_fwd(input, normalized_ndim, weight, eps)
+    # As in LayerNormFunction, the context is set up inside forward.
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        input, ctx.normalized_ndim, weight, ctx.eps = inputs
-        ctx.request = backends.requested()
-        ctx.save_for_backward(input, weight, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+    def forward(
+        ctx: Any, input: torch.Tensor, normalized_ndim: int, weight: torch.Tensor | None, eps: float
+    ) -> Any:
+        output, statistics = rms_norm_fwd(input, normalized_ndim, weight, eps)
+        ctx.save_for_backward(input, weight, statistics)
+        ctx.normalized_ndim, ctx.eps, ctx.run_backward = normalized_ndim, eps, rms_norm_bwd.route(input)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         input, weight, statistics = ctx.saved_tensors
         ndim, grad_output = ctx.normalized_ndim, grads[0]
-        if grad_output is None:
-            return None, None, None, None
-        mask = (ctx.needs_input_grad[0], ctx.needs_input_grad[2])
-        if _norm.differentiates_backward():
+        wants_input, _, wants_weight, _ = ctx.needs_input_grad
+        mask = (wants_input, wants_weight)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Double backward: the same formula, in torch operations that reach back to the input.
             statistics = formula.rms_norm_statistics(input, ndim, ctx.eps)
             results = formula.rms_norm_bwd(grad_output, input, ndim, statistics, weight, mask)
         else:
-            grad_output = row_regular(grad_output, ndim)
-            results = rms_norm_bwd.as_requested(
-                ctx.request, grad_output, input, ndim, statistics, weight, mask
-            )
-        wanted = _norm.only_wanted(results, mask)
-        return wanted[0], None, wanted[1], None
+            if not grad_output.is_contiguous():
+                grad_output = row_regular(grad_output, ndim)
+            results = ctx.run_backward(grad_output, input, ndim, statistics, weight, mask)
+        return results[0] if wants_input else None, None, results[1] if wants_weight else None, None
 
 
 _apply = _norm.direct_apply(RMSNormFunction)
@@ -149,11 +145,11 @@ def rms_norm(
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
     if _norm.transformed():
-        output, _ = formula.rms_norm_fwd(input, ndim, weight, eps)
-    elif not _norm.recorded(input, weight):
-        output, _ = rms_norm_fwd(input, ndim, weight, eps)
-    elif torch.compiler.is_compiling():
-        output, _ = RMSNormFunction.apply(input, ndim, weight, eps)
+        return formula.rms_norm_fwd(input, ndim, weight, eps)[0]
+    if not _norm.recorded(input, weight):
+        return rms_norm_fwd(input, ndim, weight, eps)[0]
+    if torch.compiler.is_compiling():
+        output: torch.Tensor = RMSNormFunction.apply(input, ndim, weight, eps)
     else:
-        output, _ = _apply(input, ndim, weight, eps)
+        output = _apply(input, ndim, weight, eps)
     return output
