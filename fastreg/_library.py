@@ -51,7 +51,7 @@ class Operator:
     def route(self, tensor: torch.Tensor) -> Callable[..., Any]:
         """What a call with this first argument runs; a forward keeps it, so that its backward runs where it ran."""
         if torch.compiler.is_compiling():
-            return self.overload
+            return self.overload  # type: ignore[no-any-return]
         route = self._routes.get((backends.requested(), tensor.device, tensor.dtype))
         return self._new_route(tensor) if route is None else route
 

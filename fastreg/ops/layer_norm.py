@@ -161,12 +161,13 @@ def layer_norm(
         weight = weight.contiguous()
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
+    output: torch.Tensor
     if _norm.transformed():
-        return formula.layer_norm_fwd(input, ndim, weight, bias, eps)[0]
-    if not _norm.recorded(input, weight, bias):
-        return layer_norm_fwd(input, ndim, weight, bias, eps)[0]
-    if torch.compiler.is_compiling():
-        output: torch.Tensor = LayerNormFunction.apply(input, ndim, weight, bias, eps)
+        output, _ = formula.layer_norm_fwd(input, ndim, weight, bias, eps)
+    elif not _norm.recorded(input, weight, bias):
+        output, _ = layer_norm_fwd(input, ndim, weight, bias, eps)
+    elif torch.compiler.is_compiling():
+        output = LayerNormFunction.apply(input, ndim, weight, bias, eps)
     else:
         output = _apply(input, ndim, weight, bias, eps)
     return output

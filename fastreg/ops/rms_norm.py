@@ -144,12 +144,13 @@ def rms_norm(
         input = row_regular(input, ndim)
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
+    output: torch.Tensor
     if _norm.transformed():
-        return formula.rms_norm_fwd(input, ndim, weight, eps)[0]
-    if not _norm.recorded(input, weight):
-        return rms_norm_fwd(input, ndim, weight, eps)[0]
-    if torch.compiler.is_compiling():
-        output: torch.Tensor = RMSNormFunction.apply(input, ndim, weight, eps)
+        output, _ = formula.rms_norm_fwd(input, ndim, weight, eps)
+    elif not _norm.recorded(input, weight):
+        output, _ = rms_norm_fwd(input, ndim, weight, eps)
+    elif torch.compiler.is_compiling():
+        output = RMSNormFunction.apply(input, ndim, weight, eps)
     else:
         output = _apply(input, ndim, weight, eps)
     return output
