@@ -106,8 +106,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio: 1.52x."""
-    return "–" if value is None else f"{value:.2f}x"
+    """A speed-up, 1.52x: rounded down, so that 0.996 is not shown as even."""
+    return "–" if value is None else f"{math.floor(100 * value) / 100:.2f}x"
+
+
+def cost_times(value: float | None) -> str:
+    """A cost over another's, 1.31x: rounded up."""
+    return "–" if value is None else f"{math.ceil(100 * value) / 100:.2f}x"
 
 
 def percent(value: float | None) -> str:
@@ -200,5 +205,5 @@ def host_rows(document: Record) -> list[tuple[str, str, str, str, str]]:
     for record in document["host"]:
         eager = record["providers"][EAGER]["microseconds"]["median"]
         ours = record["providers"]["fastreg"]["microseconds"]["median"]
-        rows.append((record["op"], record["way"], number(eager), number(ours), times(ours / eager)))
+        rows.append((record["op"], record["way"], number(eager), number(ours), cost_times(ours / eager)))
     return rows
