@@ -151,7 +151,8 @@ def _photographs(
     height, width = compared.shape[-2:]
     patches = -(-height // plan.patch_size) * -(-width // plan.patch_size)
     console.print(
-        f"\n[bold]2. Two photographs[/bold], {height} x {width}, {patches} patches each, the trained weights"
+        f"\n[bold]2. Two photographs[/bold], {height} x {width}, {patches} patches each, "
+        "the plain model's trained weights in both"
     )
     console.print(f"outputs differ by {compared.output_difference:.1e} of the largest", highlight=False)
     medians = {name: 1e3 * compared.seconds[name].median for name in NAMES}
