@@ -115,15 +115,10 @@ def pick(op: str, tensor: torch.Tensor) -> str:
     Raises:
         BackendUnavailable: a backend was asked for by name and cannot serve the call.
     """
-    return pick_as(_requested, op, tensor)
-
-
-def pick_as(name: str | None, op: str, tensor: torch.Tensor) -> str:
-    """``pick`` with ``name`` in place of what is asked for now; None chooses automatically."""
-    key = (name, op, tensor.device, tensor.dtype)
+    key = (_requested, op, tensor.device, tensor.dtype)
     choice = _choices.get(key)
     if choice is None:
-        choice = _choices[key] = _decide(name, op, tensor.device.type, tensor.dtype)
+        choice = _choices[key] = _decide(_requested, op, tensor.device.type, tensor.dtype)
     return choice
 
 
