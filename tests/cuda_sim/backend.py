@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Device:
         order: which of the threads that can continue does: one of ``ORDERS``.
         seed: of the random order.
         clusters_at_once: how many clusters (or blocks, without clusters) are under way together.
+        execute: whether kernels run; otherwise launches are checked and recorded, and outputs are left as they are.
     """
 
     architecture: int = 90
@@ -37,6 +39,20 @@ class Device:
     order: str = ORDERS[0]
     seed: int = 0
     clusters_at_once: int = 1
+    execute: bool = True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and the configuration that it was launched with, ``count`` times."""
+
+    count: int
+    blocks: int
+    threads: int
+    cluster: int
+    dynamic_shared_bytes: int
+    cooperative: bool
+    kernel: str
 
 
 H100 = Device(architecture=90, multiprocessors=132)
@@ -50,9 +66,13 @@ def loaded_library() -> ctypes.CDLL:
     path = build.library()
     torch.ops.load_library(str(path))
     loaded = ctypes.CDLL(str(path))
-    loaded.cuda_sim_configure.argtypes = [ctypes.c_int] * 3 + [ctypes.c_uint64, ctypes.c_int]
+    loaded.cuda_sim_configure.argtypes = [ctypes.c_int] * 3 + [
+        ctypes.c_uint64,
+        ctypes.c_int,
+        ctypes.c_bool,
+    ]
     loaded.cuda_sim_configure.restype = None
-    loaded.cuda_sim_launched.restype = ctypes.c_char_p
+    loaded.cuda_sim_launches.restype = ctypes.c_char_p
     _configure(loaded, PART_OF_AN_H100)
     return loaded
 
@@ -67,6 +87,7 @@ def _configure(loaded: ctypes.CDLL, device: Device) -> None:
         ORDERS.index(device.order),
         device.seed,
         device.clusters_at_once,
+        device.execute,
     )
 
 
@@ -88,10 +109,23 @@ def _readable(name: str) -> str:
     return re.sub(r"\(.*|^void |fastreg::cuda::", "", name)
 
 
+def launches() -> list[Launch]:
+    """Every kernel and configuration launched since the last call."""
+    found = []
+    for line in loaded_library().cuda_sim_launches().decode().splitlines():
+        count, blocks, threads, cluster, shared, cooperative, name = line.split(" ", 6)
+        found.append(
+            Launch(*map(int, (count, blocks, threads, cluster, shared)), cooperative == "1", _readable(name))
+        )
+    return found
+
+
 def launched() -> dict[str, int]:
     """How often each kernel was launched since the last call."""
-    lines = loaded_library().cuda_sim_launched().decode().splitlines()
-    return {_readable(name): int(count) for count, _, name in (line.partition(" ") for line in lines)}
+    counts: Counter[str] = Counter()
+    for launch in launches():
+        counts[launch.kernel] += launch.count
+    return dict(counts)
 
 
 def kernels() -> set[str]:

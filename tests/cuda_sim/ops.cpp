@@ -29,15 +29,16 @@ fastreg::cuda::DeviceTraits traits_of(int architecture, int multiprocessors) {
 
 extern "C" {
 
-void cuda_sim_configure(int architecture, int multiprocessors, int order, uint64_t seed, int clusters_at_once) {
+void cuda_sim_configure(int architecture, int multiprocessors, int order, uint64_t seed, int clusters_at_once,
+                        bool execute) {
   simulator::configure(device_of(architecture, multiprocessors),
-                       {static_cast<simulator::Order>(order), seed, clusters_at_once});
+                       {static_cast<simulator::Order>(order), seed, clusters_at_once, execute});
 }
 
-// The kernels launched since the last call, as "count name" lines; valid until the next call.
-const char* cuda_sim_launched() {
+// What simulator::launches() says; valid until the next call.
+const char* cuda_sim_launches() {
   static std::string text;
-  text = simulator::launched();
+  text = simulator::launches();
   return text.c_str();
 }
 

@@ -43,7 +43,7 @@ Schedule the_schedule;
 
 // Names and shared-memory limits of kernels, by address.
 std::map<const void*, int> allowed_shared_bytes;
-std::map<std::string, int> launch_counts;
+std::map<std::string, int> launch_counts;  // by what launches() says of them
 
 // What is under way; one launch at a time.
 struct Launch {
@@ -512,10 +512,10 @@ void configure(const Device& device, const Schedule& schedule) {
 
 const Device& device() { return the_device; }
 
-std::string launched() {
+std::string launches() {
   const std::lock_guard lock(one_launch);
   std::ostringstream text;
-  for (const auto& [name, count] : launch_counts) text << count << " " << name << "\n";
+  for (const auto& [launched, count] : launch_counts) text << count << " " << launched << "\n";
   launch_counts.clear();
   return text.str();
 }
@@ -535,6 +535,13 @@ unsigned cluster_size_of(const cudaLaunchConfig_t& config) {
     if (config.attrs[index].id == cudaLaunchAttributeClusterDimension) return config.attrs[index].val.clusterDim.x;
   }
   return 1;
+}
+
+bool is_cooperative(const cudaLaunchConfig_t& config) {
+  for (unsigned index = 0; index < config.numAttrs; ++index) {
+    if (config.attrs[index].id == cudaLaunchAttributeCooperative) return config.attrs[index].val.cooperative != 0;
+  }
+  return false;
 }
 
 void check_limits(const cudaLaunchConfig_t& config, const void* kernel, unsigned cluster_size) {
@@ -573,7 +580,11 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, std::function<voi
   const unsigned cluster_size = cluster_size_of(config);
   check_limits(config, kernel, cluster_size);
   const std::string name = name_of(kernel);
-  ++launch_counts[name];
+  std::ostringstream recorded;
+  recorded << config.gridDim.x << " " << config.blockDim.x << " " << cluster_size << " " << config.dynamicSmemBytes << " "
+           << is_cooperative(config) << " " << name;
+  ++launch_counts[recorded.str()];
+  if (!the_schedule.execute) return;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   launch.body = std::move(body);

@@ -44,13 +44,15 @@ struct Schedule {
   Order order = Order::first_in_first_out;
   uint64_t seed = 0;
   int clusters_at_once = 1;
+  bool execute = true;  // else launches are checked and recorded only
 };
 
 void configure(const Device& device, const Schedule& schedule);
 const Device& device();
 
-// The kernels launched since the last call, as "count name" lines.
-std::string launched();
+// The launches since the last call, a line for each kernel and configuration: how often, blocks, threads, blocks a
+// cluster, bytes of dynamic shared memory, whether cooperative, name.
+std::string launches();
 
 // --- threads and blocks ----------------------------------------------------------------------------------------------
 
