@@ -42,7 +42,12 @@ __device__ __forceinline__ uint4 load_streamed(const void* address) {
   return value;
 }
 
-__device__ __forceinline__ void store_wide(void* address, const uint4& value) { *static_cast<uint4*>(address) = value; }
+// Not a plain store: nvcc takes some of those apart again, into four of 4 bytes.
+__device__ __forceinline__ void store_wide(void* address, const uint4& value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
 
 // Hides from the compiler that `word` keeps its value, so that what was made of it is made again rather than kept.
 __device__ __forceinline__ void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
@@ -105,10 +110,18 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// By one thread, before the cluster's barrier.
+// By one thread, before mailboxes_publish().
 __device__ __forceinline__ void mailbox_open(Mailbox* mailbox) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(mailbox)) : "memory");
+#else
+  __trap();
+#endif
+}
+
+// By the thread that opened them, before the cluster's barrier: from there on all of the cluster see them open.
+__device__ __forceinline__ void mailboxes_publish() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #else
   __trap();

@@ -134,6 +134,7 @@ struct Exchange {
       if (threadIdx.x == 0) {
         mailbox_open(&mailboxes[0]);
         mailbox_open(&mailboxes[1]);
+        mailboxes_publish();
       }
       cluster_arrive();
     }

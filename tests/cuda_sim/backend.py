@@ -109,15 +109,19 @@ def _readable(name: str) -> str:
     return re.sub(r"\(.*|^void |fastreg::cuda::", "", name)
 
 
+def parse_launches(text: str) -> list[Launch]:
+    """What ``simulator::launches()`` says."""
+    found = []
+    for line in text.splitlines():
+        *numbers, cooperative, name = line.split(" ", 6)
+        count, blocks, threads, cluster, shared = map(int, numbers)
+        found.append(Launch(count, blocks, threads, cluster, shared, cooperative == "1", _readable(name)))
+    return found
+
+
 def launches() -> list[Launch]:
     """Every kernel and configuration launched since the last call."""
-    found = []
-    for line in loaded_library().cuda_sim_launches().decode().splitlines():
-        count, blocks, threads, cluster, shared, cooperative, name = line.split(" ", 6)
-        found.append(
-            Launch(*map(int, (count, blocks, threads, cluster, shared)), cooperative == "1", _readable(name))
-        )
-    return found
+    return parse_launches(loaded_library().cuda_sim_launches().decode())
 
 
 def launched() -> dict[str, int]:

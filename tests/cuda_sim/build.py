@@ -108,8 +108,12 @@ def _linked(name: str, objects: Sequence[Path], link: Sequence[str]) -> Path:
     return _moved_into_place(target, [compiler(), *map(str, objects), *link, "-o"])
 
 
+_SIMULATOR = ("threads.cpp", "operations.cpp", "launches.cpp", "context.cpp", "tracer.cpp")
+
+
 def _simulator_objects(flags: Sequence[str]) -> list[Path]:
-    return [_object(HERE / name, (HERE,), flags) for name in ("simulator.cpp", "context.cpp")]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda name: _object(HERE / name, (HERE,), flags), _SIMULATOR))
 
 
 @cache
@@ -125,17 +129,47 @@ def library() -> Path:
     return _linked("libfastreg_cuda_sim.so", [*doors, *_simulator_objects(flags)], link)
 
 
-def standalone(source_root: Path = ROOT / "csrc", sanitize: str = "", extra: Sequence[str] = ()) -> Path:
+def _program(
+    source: Path,
+    kernels: Path,
+    *,
+    sanitize: str = "",
+    trace: bool = False,
+    extra: Sequence[str] = (),
+    everywhere: Sequence[str] = (),
+) -> Path:
+    """A program of the simulator and one source file that includes kernels; ``extra`` flags are for that file."""
+    common = [*_common_flags(), "-O1", "-g1", *everywhere]
+    sanitizer = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+    common += sanitizer
+    if trace:
+        common.append("-DFASTREG_TRACE")
+    # The calls before each access are in the kernels alone; what they call is the simulator's, not a sanitizer's.
+    own = [*common, *(["-fsanitize=thread"] if trace else []), *extra]
+    program = _object(source, (kernels, HERE), [*own, f"-I{kernels / 'cuda'}"], own)
+    return _linked(source.stem, [program, *_simulator_objects(common)], [*sanitizer, "-rdynamic", "-ldl"])
+
+
+def standalone(
+    kernels: Path = ROOT / "csrc", sanitize: str = "", trace: bool = False, extra: Sequence[str] = ()
+) -> Path:
     """The program of standalone.cpp: the kernels against fp64 without torch.
 
     Args:
-        source_root: csrc, or a copy of it that was changed on purpose.
+        kernels: csrc, or a copy of it that was changed on purpose.
         sanitize: what to give to ``-fsanitize=``.
+        trace: whether every access to memory is checked (tracer.h).
         extra: flags for the compiler.
     """
-    flags = [*_common_flags(), "-O1", "-g1"]
-    sanitizer = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-    flags += sanitizer
-    own = [*flags, *extra]
-    program = _object(HERE / "standalone.cpp", (source_root, HERE), [*own, f"-I{source_root / 'cuda'}"], own)
-    return _linked("standalone", [program, *_simulator_objects(flags)], [*sanitizer, "-rdynamic", "-ldl"])
+    return _program(HERE / "standalone.cpp", kernels, sanitize=sanitize, trace=trace, extra=extra)
+
+
+def features(trace: bool = False, ucontext: bool = False) -> Path:
+    """The program of features.cu, which also runs on a GPU."""
+    everywhere = ["-DFASTREG_UCONTEXT"] if ucontext else []
+    return _program(HERE / "features.cu", ROOT / "csrc", trace=trace, everywhere=everywhere)
+
+
+def mistakes() -> Path:
+    """The program of mistakes.cu: ``mistakes <name>`` makes one."""
+    return _program(HERE / "mistakes.cu", ROOT / "csrc", trace=True)

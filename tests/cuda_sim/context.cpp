@@ -8,7 +8,7 @@
 
 namespace simulator {
 
-#if defined(__x86_64__)
+#if defined(FASTREG_OWN_SWITCH)
 
 // Saves what the calling convention says a call must keep, and the stack pointer; then the reverse for the other
 // context.

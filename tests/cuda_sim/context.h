@@ -7,7 +7,12 @@
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+// FASTREG_UCONTEXT chooses ucontext on x86-64 too, so that it is tested.
+#if defined(__x86_64__) && !defined(FASTREG_UCONTEXT)
+#define FASTREG_OWN_SWITCH
+#endif
+
+#if !defined(FASTREG_OWN_SWITCH)
 #include <ucontext.h>
 #endif
 
@@ -22,7 +27,7 @@ class Context {
   void switch_to(Context& next);
 
  private:
-#if defined(__x86_64__)
+#if defined(FASTREG_OWN_SWITCH)
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;

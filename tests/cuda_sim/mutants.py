@@ -1,21 +1,54 @@
-"""Copies of the kernels with one barrier, mask, bound or wait removed. Each must be found, or a pass proves nothing.
+"""Copies of the kernels, each with one barrier, mask, bound, wait or fence removed, or another mistake of its size.
 
-A mutant is compiled into the program of standalone.cpp and run under several schedules, with the address sanitizer
-where it is about bounds.
+Every ``__syncthreads``, fence, wait, lane mask and bound in csrc/cuda has a mutant of its own, found in the sources by
+what it looks like, so that a new kernel has its mutants the day it is written; the mistakes that have no such pattern
+are listed. A mutant is compiled into the program of standalone.cpp with the tracer and run. Most mistakes end it at
+the first case that reaches them. README.md has the table of what found which:
+
+    python tests/cuda_sim/mutants.py     runs all of them and writes it
 """
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cuda_sim import build
 
 # Order of threads, seed, clusters under way at once.
 SCHEDULES = (("0", "0", "1"), ("1", "0", "2"), ("2", "1", "3"))
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- mutants -->", "<!-- /mutants: python tests/cuda_sim/mutants.py -->"
+NOT_FOUND = "not found"
+
+# What a program prints, and the check that says so.
+CHECKS = (
+    ("race: ", "race"),
+    ("that nobody has written", "unwritten memory"),
+    ("an access outside", "bounds"),
+    ("misaligned access", "alignment"),
+    ("the mask at|which its mask does not name", "warp mask"),
+    ("divergent", "divergence"),
+    (
+        "has not been opened|before the cluster knows|twice in one round|waits without|twice without",
+        "cluster",
+    ),
+    ("which has not started|which has ended", "cluster"),
+    ("deadlock", "deadlock"),
+    (r" is \S+, exact", "wrong result"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,160 +58,141 @@ class Mutant:
     Attributes:
         name: what is wrong with it.
         file: the file in csrc/cuda.
-        old, new: the text that is replaced, wherever it occurs in the file, and what replaces it.
-        found_by: part of what the program prints when it finds the mistake.
-        sanitize: build and run it under these sanitizers.
+        start, end: the part of the file that is replaced.
+        new: what replaces it.
     """
 
     name: str
     file: str
-    old: str
+    start: int
+    end: int
     new: str
-    found_by: str
-    sanitize: str = ""
 
 
-_FORWARD, _BACKWARD, _REDUCE = "layer_norm_forward.cuh", "layer_norm_backward.cuh", "reduce.cuh"
+@dataclass(frozen=True)
+class _Pattern:
+    """Everything in the kernels that looks like this is removed once.
 
-MUTANTS = (
-    Mutant(
-        "no barrier between what the warps write and read",
-        _REDUCE,
-        "    }\n    __syncthreads();\n",
-        "    }\n",
-        "is ",
-    ),
-    Mutant(
-        "one set of exchange slots instead of two",
-        _REDUCE,
-        "exchange.warps[turn]",
-        "exchange.warps[0]",
-        "is ",
-    ),
-    Mutant(
-        "no wait for what other blocks send",
-        _REDUCE,
-        "    mailbox_wait(mailbox, round / 2 % 2);\n",
-        "",
-        "is |which has ended",
-    ),
-    Mutant(
-        "a mailbox that does not know how much to expect",
-        _REDUCE,
-        "cluster * sizeof(values)",
-        "sizeof(values)",
-        "wait|is ",
-    ),
-    Mutant("the wrong round of a mailbox", _REDUCE, "round / 2 % 2", "round % 2", "wait|is |twice"),
-    Mutant(
-        "sends to blocks that may not have started",
-        _REDUCE,
-        "    if (cluster > 1) {\n      cluster_wait();\n    }\n",
-        "",
-        "has not started|not been opened",
-    ),
-    Mutant(
-        "half of the lanes missing in the mask",
-        _REDUCE,
-        "all_lanes = 0xffffffffu",
-        "all_lanes = 0xffffu",
-        "mask",
-    ),
-    Mutant(
+    Attributes:
+        what: names the mutants, with "{}" for what was found.
+        expression: its first group is replaced.
+        new: what replaces it.
+    """
+
+    what: str
+    expression: str
+    new: str
+
+
+_PATTERNS = (
+    _Pattern("no {}", r"^ *(__syncthreads\(\);)", ";"),
+    _Pattern("no {}", r"^ *(__syncwarp\(.*\);)", ";"),
+    _Pattern("no {}", r"^ *(__threadfence\(\);)", ";"),
+    _Pattern("no {}", r"^ *(mailboxes_publish\(\);)", ";"),
+    _Pattern("no {}", r"^ *((?:cluster|mailbox|copy_async)_(?:arrive|wait|open|expect|commit)\b.*\);)", ";"),
+    _Pattern("no {}", r"(copy_async_wait<[^;]*\);)", ";"),
+    _Pattern("half of the lanes of {}", r"(?<=_sync\()(all_lanes)\b.*", "0xffffu"),
+    _Pattern("no bound {}", r"((?:place \* team\.threads \+ team\.lane|\boffset) < slice\.count)", "true"),
+    _Pattern("no bound {}", r"(start \+ place \* team\.threads < slice\.count)", "true"),
+    _Pattern("no bound {}", r"(?<=[(&] )?(\b(?:of_)?row < arguments\.rows)(?=\)| &&)", "true"),
+    _Pattern("no bound {}", r"(\bcolumn < arguments\.columns)", "true"),
+    _Pattern("no bound {}", r"(\blane < (?:team\.warps\(\)|cluster))", "true"),
+    _Pattern("one beyond {}", r"(\boffset >= packs)\)", "offset > packs"),
+)
+
+# (name, file, what is replaced, its replacement): mistakes of one word that no pattern removes.
+_LISTED = (
+    ("one set of exchange slots instead of two", "reduce.cuh", "exchange.warps[turn]", "exchange.warps[0]"),
+    ("a mailbox expects one block's values", "reduce.cuh", "cluster * sizeof(values)", "sizeof(values)"),
+    ("the wrong round of a mailbox", "reduce.cuh", "round / 2 % 2", "round % 2"),
+    (
         "a barrier that only teams with a row reach",
-        _BACKWARD,
+        "layer_norm_backward.cuh",
         "    if (wants_input) {\n      sums[0] =",
         "    if (wants_input && active) {\n      sums[0] =",
-        "divergent",
     ),
-    Mutant(
-        "packs are read before they have arrived",
-        _BACKWARD,
-        "    if constexpr (stages > 0) copy_async_wait<stages - 1>();\n",
-        "",
-        "is ",
-    ),
-    Mutant(
-        "one group too many may still be on its way",
-        _BACKWARD,
+    (
+        "one group of copies too many may be on its way",
+        "layer_norm_backward.cuh",
         "copy_async_wait<stages - 1>()",
         "copy_async_wait<stages>()",
-        "is ",
     ),
-    Mutant(
-        "the next row overwrites the one to be read",
-        _BACKWARD,
+    (
+        "the next row is fetched over the one to be read",
+        "layer_norm_backward.cuh",
         "    Data grad_output[packs];\n    Data input[packs];\n    if constexpr (stages > 0) copy",
-        "    fetch(stage, row + stages * step);\n    Data grad_output[packs];\n    Data input[packs];\n"
-        "    if constexpr (stages > 0) copy",
-        "is ",
+        (
+            "    fetch(stage, row + stages * step);\n    Data grad_output[packs];\n    Data input[packs];\n"
+            "    if constexpr (stages > 0) copy"
+        ),
     ),
-    Mutant(
-        "partial sums written over rows that others still read",
-        _BACKWARD,
-        "    __syncthreads();  // the ring's place is reused\n",
-        "",
-        "is ",
-    ),
-    Mutant(
-        "partial sums of other teams read before they are written",
-        _BACKWARD,
-        "      __syncthreads();\n      for (int column",
-        "      for (int column",
-        "is ",
-    ),
-    Mutant(
-        "the bias' partial sums written over the weight's",
-        _BACKWARD,
-        "      __syncthreads();\n      return;",
-        "      return;",
-        "is ",
-    ),
-    Mutant(
-        "no barrier in the sum of the partial sums",
-        _BACKWARD,
-        "  sums.values[slice][lane] = sum;\n  __syncthreads();\n",
-        "  sums.values[slice][lane] = sum;\n",
-        "is ",
-    ),
-    Mutant(
+    (
         "sums in shared memory that do not start at 0",
-        _BACKWARD,
+        "layer_norm_backward.cuh",
         "*at(place, quad) = float4{0.0f, 0.0f, 0.0f, 0.0f};",
         "at(place, quad);",
-        "is -?nan",
     ),
-    Mutant(
+    (
+        "two blocks write the same partial sums",
+        "layer_norm_backward.cuh",
+        "partial = static_cast<int64_t>(blockIdx.x / arguments.cluster) * arguments.columns;",
+        "partial = static_cast<int64_t>(blockIdx.x / arguments.cluster / 2) * arguments.columns;",
+    ),
+    (
         "wide loads from rows that are not aligned",
         "layer_norm.cuh",
         "return aligned(data, 16) && row_stride * element_size % 16 == 0;",
-        "return aligned(data, 16) && row_stride * element_size % 2 == 0;",
-        "misaligned",
+        "return aligned(data, 16);",
     ),
-    Mutant(
+    (
         "a store that truncates",
         "vec.cuh",
         "__floats2bfloat162_rn(values[2 * index], values[2 * index + 1]);",
         "__nv_bfloat162(__float2bfloat16_rz(values[2 * index]), __float2bfloat16_rz(values[2 * index + 1]));",
-        "is ",
-    ),
-    Mutant(
-        "a read beyond the last row",
-        _FORWARD,
-        "      if (row < arguments.rows && offset < slice.count) {\n        input[turn]",
-        "      if (offset < slice.count) {\n        input[turn]",
-        "AddressSanitizer: heap-buffer-overflow",
-        "address",
-    ),
-    Mutant(
-        "one column beyond the row",
-        "layer_norm_backward_looped.cuh",
-        "  if (offset >= packs) {",
-        "  if (offset > packs) {",
-        "AddressSanitizer: heap-buffer-overflow",
-        "address",
     ),
 )
+
+# The files of kernels and of what they share; not the vocabulary itself, the launch code and the plans.
+_KERNELS = re.compile(r"reduce\.cuh|vec\.cuh|.*_(forward|backward).*\.cuh")
+
+
+_FUNCTION = re.compile(
+    r"\b(\w+)\(const \w+Arguments arguments\) \{|__device__ __forceinline__ [^(\n]*?(\w+)\("
+)
+
+
+def _function_around(text: str, position: int) -> str:
+    match = list(_FUNCTION.finditer(text, 0, position))[-1]
+    return match[1] or match[2]
+
+
+def _found_by_patterns(folder: Path) -> Iterator[Mutant]:
+    for path in sorted(folder.glob("*.cuh")):
+        if not _KERNELS.fullmatch(path.name):
+            continue
+        text = path.read_text()
+        seen: Counter[str] = Counter()
+        for pattern in _PATTERNS:
+            for match in re.finditer(pattern.expression, text, re.MULTILINE):
+                shown = match[0].strip() if match[1] == "all_lanes" else match[1]
+                name = f"{_function_around(text, match.start(1))}: {pattern.what.format(f'`{shown}`')}"
+                seen[name] += 1
+                number = f", number {seen[name]}" if seen[name] > 1 else ""
+                yield Mutant(f"{name}{number}", path.name, *match.span(1), pattern.new)
+
+
+def _listed(folder: Path) -> Iterator[Mutant]:
+    for name, file, old, new in _LISTED:
+        text = (folder / file).read_text()
+        if text.count(old) == 0:
+            raise ValueError(f"{name}: {file} has no longer what it replaces")
+        # From the first to the last place: what lies between is kept.
+        start, end = text.index(old), text.rindex(old) + len(old)
+        yield Mutant(name, file, start, end, text[start:end].replace(old, new))
+
+
+def mutants(folder: Path = build.ROOT / "csrc" / "cuda") -> list[Mutant]:
+    return [*_found_by_patterns(folder), *_listed(folder)]
 
 
 def output_of(program: Path) -> str:
@@ -190,16 +204,55 @@ def output_of(program: Path) -> str:
     return ""
 
 
-def run(mutant: Mutant) -> str:
-    """Build and run a mutant; returns what the program says of it."""
+def run(mutant: Mutant, sanitize: str = "") -> str:
+    """Build and run a mutant, with the tracer or a sanitizer; returns what the program says of it."""
     with tempfile.TemporaryDirectory() as folder:
         sources = Path(folder) / "csrc"
         shutil.copytree(build.ROOT / "csrc", sources)
         path = sources / "cuda" / mutant.file
         text = path.read_text()
-        if mutant.old not in text:
-            raise ValueError(f"{mutant.name}: {mutant.file} has no longer what it replaces")
-        path.write_text(text.replace(mutant.old, mutant.new))
-        return output_of(
-            build.standalone(sources, mutant.sanitize, ("-w", "-DFASTREG_STANDALONE_CENTRED_ONLY"))
-        )
+        path.write_text(text[: mutant.start] + mutant.new + text[mutant.end :])
+        few = ("-w", "-DFASTREG_STANDALONE_FEW")
+        return output_of(build.standalone(sources, sanitize, trace=not sanitize, extra=few))
+
+
+def check_that_found(output: str) -> str:
+    """The check that a program's output comes from."""
+    if not output:
+        return NOT_FOUND
+    return next((name for expression, name in CHECKS if re.search(expression, output)), f"? {output}")
+
+
+def table(found: dict[str, str]) -> str:
+    """The README's table of mutants and checks."""
+    counts = Counter(found.values())
+    missed = counts.pop(NOT_FOUND, 0)
+    by = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+    rows = "\n".join(f"| {name} | {check} |" for name, check in found.items())
+    return (
+        f"{len(found)} mutants, {len(found) - missed} found: {by}.\n\n"
+        f"| mistake | found by |\n|---|---|\n{rows}"
+    )
+
+
+def with_table(text: str, found: dict[str, str]) -> str:
+    """The README's text with this table between its markers."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+
+
+def main() -> None:
+    chosen = [mutant for mutant in mutants() if all(word in mutant.name for word in sys.argv[1:])]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        outputs = dict(zip([mutant.name for mutant in chosen], pool.map(run, chosen), strict=True))
+    for name, output in outputs.items():
+        print(f"{check_that_found(output):16} {name}\n    {output.strip()[:300]}")
+    found = {name: check_that_found(output) for name, output in outputs.items()}
+    print(table(found).partition("\n")[0])
+    if not sys.argv[1:]:
+        README.write_text(with_table(README.read_text(), found))
+
+
+if __name__ == "__main__":
+    main()

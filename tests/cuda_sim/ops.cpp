@@ -15,13 +15,8 @@
 
 namespace {
 
-simulator::Device device_of(int architecture, int multiprocessors) {
-  const int kilobytes = architecture >= 120 ? 100 : architecture >= 90 ? 228 : 164;
-  return {architecture, multiprocessors, (kilobytes - 1) * 1024, kilobytes * 1024, architecture >= 90 ? 8 : 1};
-}
-
 fastreg::cuda::DeviceTraits traits_of(int architecture, int multiprocessors) {
-  const simulator::Device device = device_of(architecture, multiprocessors);
+  const simulator::Device device = simulator::device_of(architecture, multiprocessors);
   return {architecture, multiprocessors, device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor};
 }
 
@@ -31,7 +26,7 @@ extern "C" {
 
 void cuda_sim_configure(int architecture, int multiprocessors, int order, uint64_t seed, int clusters_at_once,
                         bool execute) {
-  simulator::configure(device_of(architecture, multiprocessors),
+  simulator::configure(simulator::device_of(architecture, multiprocessors),
                        {static_cast<simulator::Order>(order), seed, clusters_at_once, execute});
 }
 

@@ -3,12 +3,15 @@
 // What a real GPU leaves to chance is an error here: a barrier that some threads of a block do not reach or reach at
 // another line, a warp operation whose mask names lanes that do not come, a write into a block that has not started or
 // has ended. What it leaves open is chosen by a schedule: the order in which threads continue, and how many blocks are
-// under way. An error ends the launch with an exception.
+// under way. An error ends the launch with an exception; a launch that a device would refuse returns CUDA's error code.
+//
+// Compiled with FASTREG_TRACE, every access to memory is checked as well (tracer.h).
 
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -24,6 +27,12 @@ extern dim3 blockDim;
 
 namespace simulator {
 
+#if defined(FASTREG_TRACE)
+inline constexpr bool tracing = true;
+#else
+inline constexpr bool tracing = false;
+#endif
+
 // --- the device ------------------------------------------------------------------------------------------------------
 
 struct Device {
@@ -34,19 +43,18 @@ struct Device {
   int largest_cluster;
 };
 
-inline constexpr int maximum_threads = 1024;
-inline constexpr int shared_bytes_without_asking = 48 * 1024;
-
 // In which order threads that can continue do so.
 enum class Order { first_in_first_out, last_in_first_out, random };
 
 struct Schedule {
   Order order = Order::first_in_first_out;
   uint64_t seed = 0;
-  int clusters_at_once = 1;
-  bool execute = true;  // else launches are checked and recorded only
+  int clusters_at_once = 1;  // all of them where the launch is cooperative
+  bool execute = true;       // else launches are checked and recorded only
 };
 
+// With so many KB of shared memory a multiprocessor, one of which each block loses.
+Device device_of(int architecture, int multiprocessors);
 void configure(const Device& device, const Schedule& schedule);
 const Device& device();
 
@@ -64,16 +72,18 @@ struct Site {
   bool operator==(const Site& other) const { return line == other.line && file == other.file; }
 };
 
-enum class WarpOperation { shuffle, vote, barrier };
+// What each lane of a warp brought to an operation, and which lanes those are.
+struct Lanes {
+  uint32_t mask;
+  std::array<uint64_t, 32> values;
+};
 
 // A warp operation that some lanes have reached and others not yet.
 struct Meeting {
-  WarpOperation operation;
   Site site;
-  uint32_t mask;
+  bool orders_memory;
   uint32_t arrived;
-  uint64_t values[32];
-  int sources[32];
+  std::shared_ptr<Lanes> lanes;
 };
 
 // An mbarrier with one arrival a round, as csrc/cuda uses it; it lies in the memory of its block.
@@ -81,7 +91,9 @@ struct Mailbox {
   uint64_t opened;  // mark_of_an_open_mailbox, or poison
   int64_t missing_bytes;
   uint32_t round;
-  uint32_t expected;  // whether this round's arrival has happened
+  uint32_t expected;            // whether this round's arrival has happened
+  uint64_t published_at_phase;  // of the cluster barrier, when its opening was fenced
+  uint32_t index;               // among the block's
 };
 
 struct Thread;
@@ -93,6 +105,7 @@ struct Warp {
 };
 
 struct Block {
+  unsigned linear;
   uint3 index;
   unsigned rank;  // in its cluster
   Cluster* cluster;
@@ -104,6 +117,8 @@ struct Block {
   unsigned exited = 0;
   std::vector<Thread*> at_barrier;
   Site barrier_site{};
+  int barrier_votes = 0;
+  std::vector<Mailbox*> mailboxes;  // open
   std::vector<std::pair<Mailbox*, Thread*>> at_mailbox;
 };
 
@@ -111,6 +126,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   uint64_t phase = 0;  // of the cluster barrier
   unsigned arrived = 0;
+  bool releases = true;  // whether all arrivals of this phase made earlier writes visible
   unsigned exited = 0;
   std::vector<Thread*> waiting;
 };
@@ -118,6 +134,8 @@ struct Cluster {
 struct PendingCopy {
   void* target;
   const void* source;
+  const void* place;  // in the kernel
+  bool moved;
 };
 
 struct Thread {
@@ -126,13 +144,17 @@ struct Thread {
   Block* block = nullptr;
   uint3 index{};
   unsigned linear = 0;  // in the block
-  uint64_t received = 0;
+  std::shared_ptr<Lanes> received;
+  int received_votes = 0;
   uint64_t arrived_at_phase = ~uint64_t{0};
+  uint64_t phases_passed = 0;                         // of the cluster barrier
   std::vector<std::vector<PendingCopy>> copy_groups;  // committed and not yet waited for
   std::vector<PendingCopy> open_group;
 
   unsigned lane() const { return linear % 32; }
 };
+
+inline constexpr size_t stack_bytes = 256 * 1024;
 
 extern Thread* running;
 
@@ -140,16 +162,31 @@ extern Thread* running;
 
 [[noreturn]] void fail(const std::string& message);
 
-void block_barrier(Site site);
-// Returns the value of the lane that this thread names (shuffle) or the mask of the lanes whose value is not 0 (vote).
-uint64_t warp_operation(WarpOperation operation, uint32_t mask, uint64_t value, int source, Site site);
-void cluster_arrive();
+// Returns how many threads gave a predicate that holds.
+int block_barrier(int predicate, Site site);
+// What all lanes of the mask brought. Only some operations make earlier writes visible to the other lanes.
+Lanes meet(uint32_t mask, uint64_t value, bool orders_memory, Site site);
+// All threads of a cooperative launch.
+void grid_barrier(Site site);
+
+// `releases`: whether earlier writes become visible to those who wait.
+void cluster_arrive(bool releases);
 void cluster_wait();
+unsigned cluster_blocks();
+// Where `own`, in the running block's shared memory, is in the block of that rank.
+void* in_block_of_rank(const void* own, unsigned rank);
+
 void mailbox_open(Mailbox* mailbox);
+// Makes the running block's mailboxes that are open by now known to the cluster, with its next barrier.
+void mailboxes_publish();
 void mailbox_expect(Mailbox* mailbox, unsigned bytes);
 // Writes to where `slot` and `mailbox`, which lie in the running block's shared memory, are in the block of that rank.
 void mailbox_send(float* slot, Mailbox* mailbox, unsigned rank, float value);
 void mailbox_wait(Mailbox* mailbox, unsigned parity);
+
+// Before an atomic operation, and a fence over the whole device.
+void atomic_access(const void* address, size_t bytes);
+void fence();
 
 // The variable of the running block that belongs to `key`, poisoned when the block starts.
 void* shared_variable(const void* key, size_t bytes, size_t alignment);
@@ -169,6 +206,7 @@ inline void check_aligned(const void* address, size_t bytes) {
 
 cudaError_t allow_shared_bytes(const void* kernel, int bytes);
 cudaError_t resident_clusters(int* clusters, const cudaLaunchConfig_t& config);
-void run(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
+int resident_blocks_per_multiprocessor(int threads, size_t dynamic_shared_bytes);
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, std::function<void()> body);
 
 }  // namespace simulator

@@ -1,7 +1,7 @@
 // The kernels of csrc/cuda against fp64, without torch: small enough to be compiled again for every mutant, and free of
-// foreign libraries, so that the sanitizers see every access. Every tensor ends where its memory ends.
+// foreign libraries, so that the sanitizers or the tracer see every access. Every tensor ends where its memory ends.
 //
-//   standalone [order] [seed] [clusters at once]
+//   standalone [order] [seed] [clusters at once] [what to print of the launches: kernels]
 //
 // Exits with 1 and one line for the first result that is wrong or error that the simulator found.
 
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "layer_norm.cuh"
+#include "tracer.h"
 
 namespace {
 
@@ -29,22 +30,36 @@ constexpr DType dtype_of() {
   return sizeof(Element) == 4 ? DType::Float32 : std::is_same_v<Element, bfloat16> ? DType::BFloat16 : DType::Float16;
 }
 
+// The tracer looks after its own memory; malloc's is the sanitizers'.
+void* allocate(size_t bytes, size_t element_bytes) {
+  if constexpr (simulator::tracing) return simulator::tracer::allocate(bytes, element_bytes);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
+  return memory;
+}
+
+void release(void* memory) {
+  if constexpr (simulator::tracing) {
+    simulator::tracer::release(memory);
+  } else {
+    std::free(memory);
+  }
+}
+
 // (rows, columns) at a row stride, `shift` elements after a multiple of 16 bytes; filled with NaN.
 template <class Element>
 struct Matrix {
   int64_t rows;
   int64_t columns;
   int64_t stride;
-  std::unique_ptr<void, decltype(&std::free)> memory;
+  std::unique_ptr<void, decltype(&release)> memory;
   Element* data;
 
   Matrix(int64_t rows, int64_t columns, int64_t gap = 0, int64_t shift = 0)
-      : rows(rows), columns(columns), stride(columns + gap), memory(nullptr, &std::free), data(nullptr) {
+      : rows(rows), columns(columns), stride(columns + gap), memory(nullptr, &release), data(nullptr) {
     const size_t bytes = static_cast<size_t>(shift + (rows - 1) * stride + columns) * sizeof(Element);
-    void* block = nullptr;
-    if (posix_memalign(&block, 16, bytes) != 0) throw std::bad_alloc();
-    memory.reset(block);
-    data = static_cast<Element*>(block) + shift;
+    memory.reset(allocate(bytes, sizeof(Element)));
+    data = static_cast<Element*>(memory.get()) + shift;
     for (int64_t index = 0; index < (rows - 1) * stride + columns; ++index) data[index] = from_float<Element>(NAN);
   }
 
@@ -57,6 +72,7 @@ struct Matrix {
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t column = 0; column < columns; ++column) at(row, column) = from_float<Element>(normal(random));
     }
+    simulator::tracer::initialised(data, static_cast<size_t>((rows - 1) * stride + columns) * sizeof(Element));
   }
 };
 
@@ -208,7 +224,7 @@ void run_case(const Case& current, const DeviceTraits& device) {
 // Rows within a warp, in one block, in a cluster, with sums in shared memory, beyond the chip; wide and one by one;
 // each with more rows than a persistent grid holds at once.
 constexpr Case cases[] = {
-    {90, 2, 37, 8, 0, 0},    {90, 2, 37, 96, 0, 0},   {90, 3, 70, 512, 8, 0},  {90, 2, 17, 1536, 0, 0},
+    {90, 2, 37, 8, 0, 0},    {90, 2, 37, 96, 0, 0}, {90, 2, 37, 200, 0, 0},  {90, 3, 70, 512, 8, 0},  {90, 2, 17, 1536, 0, 0},
     {90, 2, 5, 4104, 0, 0},  {90, 8, 5, 16384, 0, 0}, {80, 2, 5, 8704, 0, 0},  {80, 2, 5, 33024, 0, 0},
     {90, 2, 37, 3, 0, 0},    {90, 2, 19, 256, 1, 0},  {90, 2, 19, 1000, 0, 1}, {90, 2, 7, 2051, 0, 0},
     {90, 8, 3, 16400, 0, 1}, {80, 2, 3, 16401, 0, 0},
@@ -222,16 +238,15 @@ int main(int count, char** values) {
                                      argument(3)};
   for (const Case& current : cases) {
     try {
-      const int kilobytes = current.architecture >= 90 ? 228 : 164;
-      simulator::configure({current.architecture, current.multiprocessors, (kilobytes - 1) * 1024, kilobytes * 1024,
-                            current.architecture >= 90 ? 8 : 1},
-                           schedule);
+      simulator::configure(simulator::device_of(current.architecture, current.multiprocessors), schedule);
       DeviceTraits device{};
       require(device_traits(0, device));
       run_case<float, true>(current, device);
       run_case<bfloat16, true>(current, device);
-#if !defined(FASTREG_STANDALONE_CENTRED_ONLY)
+#if !defined(FASTREG_STANDALONE_FEW)
+      run_case<float16, true>(current, device);
       run_case<float, false>(current, device);
+      run_case<bfloat16, false>(current, device);
       run_case<float16, false>(current, device);
 #endif
     } catch (const std::exception& exception) {
@@ -239,5 +254,6 @@ int main(int count, char** values) {
       return 1;
     }
   }
+  if (count > 4) std::printf("%s", simulator::launches().c_str());
   return 0;
 }
