@@ -30,7 +30,9 @@ def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
     """
     found = []
     for directory in sorted(path for path in results.glob("*") if path.is_dir()):
-        paths = sorted(path for path in directory.glob("*.json") if not path.stem.endswith("-partial"))
+        # Named by their date; the folder static/ has tables that are no machine's.
+        dated = directory.glob("[0-9]*.json")
+        paths = sorted(path for path in dated if not path.stem.endswith("-partial"))
         if paths:
             document = json.loads(paths[-1].read_text())
             if document.get("schema") != SCHEMA:
@@ -118,17 +120,17 @@ def render(results: Path = RESULTS, root: Path = RESULTS.parents[1]) -> str:
     )
 
 
-def placed(text: str, tables: str) -> str:
+def placed(text: str, tables: str, start: str = BEGIN, stop: str = END) -> str:
     """``text`` with the tables after its marker, in place of those that end at the second marker if there are any.
 
     Raises:
         ValueError: the marker is not there.
     """
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(start)
     if not begin:
-        raise ValueError(f"the file has no line {BEGIN}")
-    _, end, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{tables}\n{END}{after if end else rest}"
+        raise ValueError(f"the file has no line {start}")
+    _, end, after = rest.partition(stop)
+    return f"{before}{start}\n\n{tables}\n{stop}{after if end else rest}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,295 +1,81 @@
-"""The Triton kernels compiled, without a GPU, for every architecture they are meant for.
+"""The machine code of the Triton kernels, compiled without a GPU (triton_offline.py).
 
-The launchers run with a recorder in place of Triton's launch, so what is compiled is exactly what they would launch.
-The machine code may not spill, has to load and store 16 bytes at a time wherever alignment allows, and has to leave
-room for enough warps on a multiprocessor. A new release of Triton that does worse fails here.
+It may not spill, has to load and store 16 bytes at a time wherever alignment allows, and has to leave room for enough
+warps on a multiprocessor. A new release of Triton that does worse fails here.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
-
 import pytest
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-from fastreg.backends.triton import _device, layer_norm
+from bench.static_evidence import machine_code
+from triton_offline import (
+    ARCHITECTURES,
+    BF16,
+    F32,
+    SHAPES,
+    Compilations,
+    Launch,
+    Shape,
+    compilations,
+    compile_launch,
+    compiled_kernel,
+    cubin,
+)
 
 pytestmark = pytest.mark.backend_independent
 
-ARCHITECTURES = (80, 90, 100, 120)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 REGISTERS = 65536
 # Of 100 KB at least; what a program takes is taken from the cache that the parameters are to stay in.
 SHARED_MEMORY = 24 * 1024
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A recorded launch: a kernel, its arguments by name, and its options."""
-
-    kernel: JITFunction
-    arguments: dict[str, Any]
-    warps: int
-
-    def constants(self) -> dict[str, Any]:
-        constexprs = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
-        return {name: value for name, value in self.arguments.items() if name in constexprs or value is None}
-
-    def types(self) -> dict[str, str]:
-        return {name: self._type(name, value) for name, value in self.arguments.items()}
-
-    def _type(self, name: str, value: Any) -> str:
-        if name in self.constants():
-            return "constexpr"
-        if isinstance(value, torch.Tensor):
-            return POINTERS[value.dtype]
-        return "fp32" if isinstance(value, float) else "i32"
-
-    def aligned(self) -> frozenset[str]:
-        """The pointers that Triton finds aligned to 16 bytes when it launches."""
-        tensors = {name: value for name, value in self.arguments.items() if isinstance(value, torch.Tensor)}
-        return frozenset(name for name, tensor in tensors.items() if tensor.data_ptr() % 16 == 0)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What became of a launch.
-
-    Attributes:
-        wide_loads, wide_stores: the 16-byte accesses of a thread that its tiles of aligned activations make.
-        loads, stores: the widths of all accesses to global memory in the machine code.
-    """
-
-    kernel: str
-    warps: int
-    registers: int
-    stack: int
-    shared: int
-    wide_loads: int
-    wide_stores: int
-    loads: tuple[str, ...]
-    stores: tuple[str, ...]
-
-    def __str__(self) -> str:
-        memory = f"{self.stack} bytes of stack, {self.shared} of shared memory"
-        return f"{self.kernel}: {self.warps} warps, {self.registers} registers, {memory}"
-
-
-def record(call: Callable[[], Any]) -> list[Launch]:
-    launches: list[Launch] = []
-
-    def run(
-        self: JITFunction, *arguments: Any, grid: Any, warmup: bool, num_warps: int, **options: Any
-    ) -> None:
-        named = {**dict(zip(self.arg_names, arguments, strict=False)), **options}
-        launches.append(Launch(self, {name: named[name] for name in self.arg_names}, num_warps))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        patch.setattr(_device, "multiprocessors", lambda tensor: 132)
-        call()
-    return launches
-
-
-def compile_launch(launch: Launch, architecture: int) -> Compiled:
-    names = launch.kernel.arg_names
-    constants = {(names.index(name),): value for name, value in launch.constants().items()}
-    alignment = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned()}
-    source = ASTSource(launch.kernel, launch.types(), constants, alignment)
-    target = GPUTarget("cuda", architecture, 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": launch.warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(kernel.asm["cubin"])
-        binary.flush()
-        command = [TOOLS / "cuobjdump", "--dump-resource-usage", binary.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    assembly = kernel.asm["ptx"]
-    wide_loads, wide_stores = wide_accesses(launch)
-    return Compiled(
-        kernel=launch.kernel.__name__,
-        warps=launch.warps,
-        registers=int(found[1]),
-        stack=int(found[2]),
-        shared=kernel.metadata.shared,
-        wide_loads=wide_loads,
-        wide_stores=wide_stores,
-        loads=tuple(re.findall(r"ld\.global[\w.:]*?\.((?:v\d\.)?b\d+)\b", assembly)),
-        stores=tuple(re.findall(r"st\.global[\w.:]*?\.((?:v\d\.)?b\d+)\b", assembly)),
-    )
-
-
-LOADED = {
-    "normalize_resident": ("input",),
-    "normalize_looped": ("input", "input"),
-    "project_looped": ("grad_output", "input"),
-    "differentiate": ("grad_output", "input"),
-}
-STORED = {
-    "normalize_resident": ("output",),
-    "normalize_looped": ("output",),
-    "differentiate": ("grad_input",),
-}
-
-
-def wide_accesses(launch: Launch) -> tuple[int, int]:
-    """How many 16-byte loads and stores of activations a thread makes for a tile; 0 where nothing is aligned."""
-    name, arguments = launch.kernel.__name__, launch.arguments
-    if arguments["VECTOR"] < 8:
-        return 0, 0
-    loaded = LOADED.get(name, ())
-    stored = tuple(each for each in STORED.get(name, ()) if arguments[each] is not None)
-    if name == "differentiate" and not stored and arguments["partial_weight"] is None:
-        loaded = ("grad_output",)
-    return sum(_wide(launch, each) for each in loaded), sum(_wide(launch, each) for each in stored)
-
-
-def _wide(launch: Launch, name: str) -> int:
-    tile = launch.arguments
-    elements = tile.get("ROWS", 1) * tile["BLOCK"] * tile.get("CHUNKS", 1)
-    return int(elements * tile[name].element_size() // (16 * 32 * launch.warps))
-
-
-# --- what is compiled ----------------------------------------------------------------------------------------------
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-
-ROWS = 512
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A forward, or a backward asked for the ``gradients`` of input, weight and bias, named by their first letters."""
-
-    hidden: int
-    dtype: torch.dtype
-    parameter: torch.dtype | None
-    centred: bool = True
-    gradients: str = ""
-    aligned: bool = True
-
-    def __str__(self) -> str:
-        dtypes = f"{self.dtype}-{self.parameter}".replace("torch.", "")
-        tail = f"-d_{self.gradients}" if self.gradients else ""
-        tail += "" if self.aligned else "-unaligned"
-        return f"{'layer' if self.centred else 'rms'}-{self.hidden}-{dtypes}{tail}"
-
-    def launches(self) -> list[Launch]:
-        input, grad_output = self._rows(), self._rows()
-        weight = bias = None
-        if self.parameter is not None:
-            weight, bias = torch.empty(2, self.hidden, dtype=self.parameter).unbind()
-        if not self.centred:
-            bias = None
-        if not self.gradients:
-            return record(lambda: layer_norm.norm_forward(input, 1, weight, bias, 1e-5, centred=self.centred))
-        statistics = torch.empty((2, ROWS) if self.centred else (ROWS,))
-        mask = [name in self.gradients for name in "iwb"]
-        return record(
-            lambda: layer_norm.norm_backward(
-                grad_output, input, 1, statistics, weight, bias, mask, centred=self.centred
-            )
-        )
-
-    def _rows(self) -> torch.Tensor:
-        """Rows of which no element is ever written, and which therefore take no memory."""
-        flat = torch.empty(ROWS * self.hidden + 1, dtype=self.dtype)
-        return flat[:-1].view(ROWS, self.hidden) if self.aligned else flat[1:].view(ROWS, self.hidden)
-
-
-# fp32 parameters need the most registers beside 16-bit elements. Sizes at every limit of _launch.py, and odd ones.
-SHAPES = (
-    *(
-        Shape(hidden, BF16, F32)
-        for hidden in (64, 768, 1000, 1024, 7168, 8192, 28672, 32768, 65536, 262144, 262152)
-    ),
-    *(Shape(hidden, BF16, F32) for hidden in (1, 3, 17, 257, 1002, 8193)),
-    *(Shape(hidden, F32, F32) for hidden in (64, 1024, 7168, 28672, 32768, 65536)),
-    Shape(28672, F32, F32, aligned=False),
-    Shape(65536, F16, BF16),
-    Shape(4096, F16, F16, centred=False),
-    Shape(65536, BF16, BF16, centred=False),
-    Shape(1024, BF16, None),
-    *(
-        Shape(hidden, BF16, F32, gradients="iwb")
-        for hidden in (64, 768, 1000, 1024, 5120, 8192, 12288, 65536)
-    ),
-    *(Shape(hidden, BF16, F32, gradients="iwb") for hidden in (1, 3, 17, 257, 1002, 1004, 8191, 8193)),
-    *(Shape(hidden, F32, F32, gradients="iwb") for hidden in (64, 768, 1000, 4096, 10240, 65536)),
-    *(Shape(hidden, F16, F16, centred=False, gradients="iw") for hidden in (4096, 12288, 20480)),
-    *(Shape(hidden, F32, BF16, centred=False, gradients="iw") for hidden in (10240, 12288)),
-    *(Shape(hidden, BF16, F32, gradients="i") for hidden in (64, 1024, 7168, 14336, 20480, 14335)),
-    *(Shape(hidden, F32, F32, gradients="i") for hidden in (7168, 14336)),
-    Shape(4096, BF16, F32, gradients="b"),
-    Shape(65536, BF16, F32, gradients="w"),
-    Shape(65535, F16, F16, centred=False, gradients="iw"),
-    Shape(65532, F32, F32, gradients="iwb"),
-)
-
-
-def examine(shape: Shape, architecture: int) -> list[Compiled]:
-    return [compile_launch(launch, architecture) for launch in shape.launches()]
-
-
-Compilations = dict[tuple[Shape, int], Future[list[Compiled]]]
-
-
 @pytest.fixture(scope="module")
-def compilations(request: pytest.FixtureRequest) -> Iterator[Compilations]:
+def compiled(request: pytest.FixtureRequest) -> Compilations:
     """All compilations that this session's tests will ask for, on every core of the machine."""
-    assert isinstance(layer_norm.differentiate, JITFunction), "unset TRITON_INTERPRET for this module"
-    parameters = [getattr(item, "callspec", None) for item in request.session.items]
-    wanted = {
-        (each.params["shape"], each.params["architecture"])
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return compilations(
+        (each["shape"], each["architecture"])
         for each in parameters
-        if each is not None and isinstance(each.params.get("shape"), Shape)
-    }
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        yield {
-            (shape, architecture): pool.submit(examine, shape, architecture) for shape, architecture in wanted
-        }
-        pool.shutdown(cancel_futures=True)
+        if isinstance(each.get("shape"), Shape) and "architecture" in each
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_machine_code(
-    shape: Shape,
-    architecture: int,
-    compilations: Compilations,
-) -> None:
-    results = compilations[shape, architecture].result()
+def test_machine_code(shape: Shape, architecture: int, compiled: Compilations) -> None:
+    results = compiled[shape, architecture].result()
     assert results
     for result in results:
         print(f"sm_{architecture} {result}")
-        assert result.stack == 0, f"registers are spilled: {result}"
-        assert result.shared <= SHARED_MEMORY, result
+        loads, stores = result.accesses.global_loads, result.accesses.global_stores
+        assert result.stack_bytes == 0, f"registers are spilled: {result}"
+        assert result.shared_bytes <= SHARED_MEMORY, result
         # A warp gets registers in units of 8 a thread.
         warps = REGISTERS // (32 * -(-result.registers // 8) * 8)
         assert warps // result.warps * result.warps >= 8, f"too few warps fit: {result}"
-        assert result.loads.count("v4.b32") >= result.wide_loads, f"loads are narrow: {result.loads}"
-        assert result.stores.count("v4.b32") >= result.wide_stores, f"stores are narrow: {result.stores}"
+        assert loads[16] >= result.wide_loads, f"loads are narrow: {loads}"
+        assert stores[16] >= result.wide_stores, f"stores are narrow: {stores}"
         if result.wide_loads:
-            assert not {"b8", "b16"} & {*result.loads, *result.stores}
+            assert not {1, 2} & {*loads, *stores}
+
+
+@pytest.mark.parametrize("shape", [Shape(1024, BF16, F32, gradients="iwb"), Shape(1002, BF16, F32)], ids=str)
+def test_ptxas_keeps_the_widths(shape: Shape) -> None:
+    """Of loads it drops those that are made twice, so that only stores are as many."""
+    for launch in shape.launches():
+        kernel = compiled_kernel(launch, 90)
+        in_ptx = machine_code.accesses_in_ptx(kernel.asm["ptx"])
+        with cubin(kernel) as path:
+            (in_code,) = machine_code.accesses(machine_code.cuobjdump(path, "-sass")).values()
+        assert in_code.global_stores == in_ptx.global_stores
+        assert in_code.global_loads.keys() == in_ptx.global_loads.keys()
+        assert not in_code.local
 
 
 def test_a_spill_would_be_seen() -> None:
     """A row twice too long for the registers, forced onto the resident kernel."""
     (launch,) = Shape(65536, BF16, F32).launches()
     arguments = {**launch.arguments, "CHUNKS": 16}
-    assert compile_launch(Launch(launch.kernel, arguments, launch.warps), 90).stack > 0
+    spilling = compile_launch(Launch(launch.kernel, arguments, launch.warps), 90)
+    assert spilling.stack_bytes > 0

@@ -1,0 +1,129 @@
+"""The table of the CUDA kernels: the machine code of the built library, and what the launch code asks for."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from bench.static_evidence import ROOT, machine_code
+from bench.static_evidence.record import Launch, Record, Table, record
+from cuda_sim import backend
+
+LIBRARY = ROOT / "fastreg" / "lib" / "libfastreg_cuda.so"
+LOGS = ROOT / "build" / "ptxas"
+# Multiprocessors: of an A100, an H100, a B200 and an RTX 5090.
+DEVICES = {80: 108, 90: 132, 100: 148, 120: 170}
+
+ROWS = (1, 128, 4096, 65536)
+HIDDEN = (
+    *(8, 64, 128, 256, 384, 512, 768, 1000, 1024, 1280, 1536, 2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192),
+    *(10240, 12288, 14336, 16384, 20480, 24576, 28672, 32768, 49152, 65536, 98304, 131072, 262144),
+    *(1, 3, 17, 127, 257, 1002, 4095, 8193, 16387),
+)
+MOST_ELEMENTS = 1 << 28  # of a tensor: nothing of it is touched, but an allocator may refuse more
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+
+def _rows(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> torch.Tensor:
+    flat = torch.empty(rows * hidden + 1, dtype=dtype)
+    return (flat[:-1] if aligned else flat[1:]).view(rows, hidden)
+
+
+def _call_all(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> None:
+    """Forward and backward of both norms, all gradients asked for."""
+    input = _rows(rows, hidden, dtype, aligned)
+    weight = torch.empty(hidden)
+    backend.layer_norm_fwd(input, 1, weight, weight, 1e-5)
+    backend.layer_norm_bwd(input, input, 1, torch.empty(2, rows), weight, weight, (True, True, True))
+    backend.rms_norm_fwd(input, 1, weight, 1e-5)
+    backend.rms_norm_bwd(input, input, 1, torch.empty(rows), weight, (True, True))
+
+
+def launches(architecture: int) -> dict[str, set[Launch]]:
+    """How each kernel is launched at realistic problems, by the launch code itself, run by the simulator."""
+    found: dict[str, set[Launch]] = defaultdict(set)
+    device = backend.Device(architecture, DEVICES[architecture], execute=False)
+    with backend.simulating(device):
+        backend.launches()
+        for rows, hidden, aligned in product(ROWS, HIDDEN, (True, False)):
+            if rows * hidden <= MOST_ELEMENTS:
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    _call_all(rows, hidden, dtype, aligned)
+        for each in backend.launches():
+            found[each.kernel].add(Launch(each.threads, each.dynamic_shared_bytes, each.cluster))
+    return dict(found)
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def readable(names: Iterable[str]) -> dict[str, str]:
+    """Mangled names as the simulator spells them: ``forward_kernel<float, true, 4, 1, 4>``."""
+    mangled = sorted(names)
+    finished = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    )
+    return {
+        name: re.sub(r"\(.*|^void |fastreg::cuda::", "", text)
+        for name, text in zip(mangled, finished.stdout.splitlines(), strict=True)
+    }
+
+
+def _logged(folder: Path) -> dict[machine_code.Kernel, machine_code.Compilation]:
+    logs = sorted(folder.glob("*.cu.log"))
+    return machine_code.compilations(line for log in logs for line in log.read_text().splitlines())
+
+
+def records(library: Path, logs: Path, elf: list[str]) -> Iterator[Record]:
+    """Of every kernel on every architecture that the library has; ``elf`` is what ``cuobjdump -elf`` says of it.
+
+    Raises:
+        ImpossibleLaunch: a launch would fail.
+        ValueError: the logs of ptxas are not those of this library.
+    """
+    used = machine_code.resources(machine_code.cuobjdump(library, "--dump-resource-usage"))
+    logged = _logged(logs)
+    for kernel, resources in used.items():
+        of_log = logged.get(kernel, machine_code.Compilation())
+        if (of_log.registers, of_log.static_shared_bytes) != (
+            resources.registers,
+            resources.static_shared_bytes,
+        ):
+            raise ValueError(f"{logs} has not the logs of {library}: run `make native`")
+    accesses = machine_code.accesses(machine_code.cuobjdump(library, "-sass"))
+    maximum = machine_code.maximum_threads(elf)
+    names = readable({name for _, name in used})
+    launched = {architecture: launches(architecture) for architecture in {each for each, _ in used}}
+    for kernel, resources in used.items():
+        architecture, name = kernel
+        yield record(
+            kernel=names[name],
+            architecture=architecture,
+            resources=resources,
+            accesses=accesses[kernel],
+            maximum_threads=maximum[kernel],
+            launches=sorted(launched[architecture].get(names[name], ())),
+            spill_bytes=logged[kernel].spill_bytes,
+        )
+
+
+def table(library: Path = LIBRARY, logs: Path = LOGS) -> Table:
+    """The table of the built library.
+
+    Raises:
+        FileNotFoundError: it was not built.
+    """
+    if not library.exists():
+        raise FileNotFoundError(f"{library} does not exist: run `make native`")
+    elf = machine_code.cuobjdump(library, "-elf")
+    releases = machine_code.compilers(elf)
+    found = sorted(records(library, logs, elf), key=lambda each: each.key)
+    return Table(f"nvcc {' and '.join(sorted(releases))}", tuple(found))
