@@ -6,10 +6,13 @@
 #   make bench     the benchmark table of this machine, into bench/results/
 #   make native    build the native libraries into fastreg/lib
 #   make wheel     build a wheel with the native libraries into dist/
+#   make gpu       on a machine with a GPU: build, test, sanitize and time the real kernels; installs nothing
 #   make lint      ruff and mypy
 #   make clean     remove what was built (.venv stays)
 #
 # Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS.
+# `make gpu` also takes STAGE (tests, sanitize or bench; all if not given), OUT (where results go), LIMIT (seconds a stage),
+# DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all), SANITIZER (its path), BUILD=no, COMMIT, WORK.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -28,7 +31,7 @@ NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
 BACKENDS := triton cuda_sim reference native
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%)
+.PHONY: demo test bench gpu native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%)
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -82,6 +85,13 @@ test: native-cuda
 $(BACKENDS:%=test-%): test-%: native-cuda
 	$(BIN)/python -m pytest tests --backend $* --durations 5 --junit-xml build/tests/$*.xml
 	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
+
+# The machine's own Python, torch, nvcc, cmake and ninja; no virtual environment, no network. bench/gpu says what it does.
+gpu: export FASTREG_COMMIT := $(COMMIT)
+gpu: export FASTREG_GPU_WORK := $(WORK)
+gpu:
+	@$(PYTHON) -m bench.gpu --stage "$(STAGE)" --device "$(DEVICE)" --out "$(OUT)" --limit "$(LIMIT)" \
+	  --tests "$(TESTS)" --backends "$(if $(filter command line environment,$(origin BACKENDS)),$(BACKENDS))" --sanitizer "$(SANITIZER)" $(if $(filter no,$(BUILD)),--no-build)
 
 wheel: $(VENV)/installed.txt $(NVCC)
 	FASTREG_NATIVE=1 FASTREG_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \

@@ -8,11 +8,17 @@
 ``--device cuda`` runs on the GPU, ``--dtype bfloat16`` keeps only the cases with that input dtype. A module or test
 marked ``backend_independent`` runs under ``--backend reference`` only. What does not belong to an invocation is
 deselected or never generated; a skip is always a missing part of the machine, and the last lines count them by reason.
+
+``--shard 2/8`` runs every eighth test, and ``--journal FILE`` writes a line as each test starts and ends, so that
+whoever kills a run that hangs knows how far it got; tests that the file already holds are not run again (journal.py).
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,9 +27,12 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+if importlib.util.find_spec("expecttest") is None:
+    sys.path.append(str(Path(__file__).parent / "stand_ins"))
 
 from backend_under_test import BACKENDS, cases_for, dtypes_for, emulated, select
 from fastreg import backends
+from journal import Journal
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -35,13 +44,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--dtype", choices=_DTYPES, default=None, help="keep only the cases with this input dtype"
     )
+    group.addoption("--shard", type=_shard, default=(1, 1), help="2/8: of every eight tests the second")
+    group.addoption("--journal", type=Path, default=None, help="write the tests' results there as they come")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard: expected 1/8 to 8/8, or the like")
+    return int(found[1]), int(found[2])
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "backend_independent: runs once, under --backend reference --device cpu"
     )
-    config.addinivalue_line("markers", "only(backend=..., device=...): runs with these options alone")
+    config.addinivalue_line(
+        "markers", "only(backend=..., device=...): runs with these options alone; several in a tuple"
+    )
     backend, device = config.getoption("--backend"), config.getoption("--device")
     if backend == "cuda_sim" and device == "cuda":
         raise pytest.UsageError(
@@ -57,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
         select(backend, device)
     except (RuntimeError, OSError) as reason:
         pytest.exit(f"the {backend} backend cannot be tested on {device}: {reason}", returncode=3)
+    if config.getoption("--journal") is not None:
+        config.pluginmanager.register(Journal(config.getoption("--journal"), device))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -96,20 +118,38 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", dtypes, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Not even import a module that runs once: it may need packages that only a development machine has."""
+    if _once(config) or collection_path.suffix != ".py":
+        return None
+    return "\npytestmark = pytest.mark.backend_independent\n" in collection_path.read_text() or None
+
+
+def _once(config: pytest.Config) -> bool:
+    """Whether this is the run in which what depends on no backend is tested."""
+    return bool(config.getoption("--backend") == "reference" and config.getoption("--device") == "cpu")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     options = {name: config.getoption(f"--{name}") for name in ("backend", "device")}
-    once = options == {"backend": "reference", "device": "cpu"}
+    once = _once(config)
+    part, parts = config.getoption("--shard")
 
     def belongs(item: pytest.Item) -> bool:
         if item.get_closest_marker("backend_independent") and not once:
             return False
         markers = item.iter_markers("only")
-        return all(options[name] == value for marker in markers for name, value in marker.kwargs.items())
+        return all(
+            options[name] in (value if isinstance(value, tuple) else (value,))
+            for marker in markers
+            for name, value in marker.kwargs.items()
+        )
 
-    dropped = [item for item in items if not belongs(item)]
-    if dropped:
-        config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if belongs(item)]
+    chosen = [item for item in items if belongs(item)][part - 1 :: parts]
+    if len(chosen) < len(items):
+        kept = set(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = chosen
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,0 +1,145 @@
+"""Stage "bench": runs bench/gpu/timing.py under the deadline and reports every kernel against the copy bandwidth."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.build import WORK
+from bench.gpu.process import run
+from bench.gpu.stage import Outcome, Settings, one_line, table, write_log
+from bench.gpu.suite import environment
+
+# 36 cases of nine shapes take torch.compile and the gate some ten seconds each, and the rounds this on top.
+_SECONDS = 2.0
+_REHEARSED_SECONDS = 0.1
+# For the host's cost after the cases, and for the process to end.
+_RESERVE = 30.0
+_OURS = ("triton", "native")
+_OTHERS = ("eager", "compile", "reference")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def case_rows(document: dict[str, Any]) -> Iterator[list[object]]:
+    """A row a case: of every provider what it moves forward and backward, over the copy bandwidth."""
+    copy = document["large_copy"]["gigabytes_per_second"]
+    by_case: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for record in document["cases"]:
+        key = (record["op"], record["dtype"], f"{record['rows']}x{record['hidden_size']}")
+        by_case.setdefault(key, {})[record["direction"]] = record["providers"]
+    for names, directions in by_case.items():
+        row: list[object] = [" ".join(names)]
+        for name in (*_OURS, *_OTHERS):
+            for direction in ("forward", "backward"):
+                rate = directions[direction].get(name, {}).get("gigabytes_per_second")
+                if name in _OURS:
+                    row.append("-" if rate is None else f"{rate:.0f}")
+                row.append(_share(None if rate is None else rate / copy))
+        yield row
+
+
+CASE_HEADINGS = (
+    "GB/s and % of copy: T triton, N native, E eager, C compile, R reference",
+    *(column for name in _OURS for column in (f"{name[0].upper()} fwd", "%", f"{name[0].upper()} bwd", "%")),
+    *(f"{name[0].upper()} {direction}" for name in _OTHERS for direction in ("fwd", "bwd")),
+)
+
+
+def mean_rows(document: dict[str, Any]) -> Iterator[list[object]]:
+    """A row for each op, dtype and direction, and one for each op and all: our backends over the others."""
+    from fastreg.cli import summary
+
+    copy = document["large_copy"]["gigabytes_per_second"]
+
+    def row(name: str, records: list[dict[str, Any]]) -> list[object]:
+        cells: list[object] = [name]
+        for ours in _OURS:
+            for other in ("eager", "compile"):
+                found = [summary.ratio(record, other, ours) for record in records]
+                cells.append(_times(summary.geometric_mean(each for each in found if each is not None)))
+            rates = [record["providers"].get(ours, {}).get("gigabytes_per_second") for record in records]
+            shares = summary.geometric_mean(rate / copy for rate in rates if rate is not None)
+            cells.append(_share(shares))
+        return cells
+
+    records = document["cases"]
+    kinds = dict.fromkeys((each["op"], each["dtype"], each["direction"]) for each in records)
+    for kind in kinds:
+        yield row(" ".join(kind), [r for r in records if (r["op"], r["dtype"], r["direction"]) == kind])
+    for op in dict.fromkeys(each["op"] for each in records):
+        yield row(f"{op}, all", [record for record in records if record["op"] == op])
+    yield row("everything", records)
+
+
+MEAN_HEADINGS = (
+    "geometric means",
+    *(f"{name} {column}" for name in _OURS for column in ("x eager", "x compile", "of copy")),
+)
+
+
+def stage(settings: Settings) -> Outcome:
+    """Measure and report."""
+    machine, out = settings.machine, settings.out
+    log = WORK / "bench" / "timing.log"
+    log.unlink(missing_ok=True)
+    outcome = Outcome("bench")
+    command: list[str | Path] = [sys.executable, "-m", "bench.gpu.timing", "--device", machine.device]
+    command += ["--out", out, "--seconds", str(_REHEARSED_SECONDS if machine.rehearsal else _SECONDS)]
+    command += ["--left", f"{max(0.0, settings.deadline.left - _RESERVE):.0f}"]
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
+    variables = {**environment(machine), "OMP_NUM_THREADS": str(max(1, machine.cores // 2))}
+    finished = run(command, log, settings.deadline, variables)
+    write_log(out / "bench.log", [WORK / "build.log", log])
+    written = [path for path in out.glob("*/*.json") if before.get(path) != path.stat().st_mtime_ns]
+    if finished.code == 3 or finished.stopped:
+        outcome.unfinished.append(f"{finished.stopped or 'some cases did not fit'}: {finished.last_lines(1)}")
+    elif finished.code != 0:
+        outcome.problems.append(
+            f"exit code {finished.code}: {one_line(' | '.join(finished.last_lines(3)), 400)}"
+        )
+    if not written:
+        outcome.problems.append("no case was measured")
+        return outcome
+    path = max(written, key=lambda each: each.stat().st_mtime_ns)
+    report(json.loads(path.read_text()), outcome)
+    where = path.relative_to(out)
+    if machine.rehearsal:
+        outcome.summary.append(f"saved {where}, a rehearsal: no result of any machine")
+    else:
+        outcome.summary.append(
+            f"saved {where}; copied into bench/results/, `python -m bench.report` shows it"
+            if "-partial" not in where.name
+            else f"saved {where}, which lacks cases: bench/results/ takes complete ones only"
+        )
+    return outcome
+
+
+def report(document: dict[str, Any], outcome: Outcome) -> None:
+    """The tables, the means and what went wrong."""
+    from fastreg.cli import benchmark, summary
+
+    copy = document["large_copy"]
+    legend, *headings = CASE_HEADINGS
+    outcome.summary += [legend, *table(("", *headings), list(case_rows(document)))]
+    outcome.summary += table(MEAN_HEADINGS, list(mean_rows(document)))
+    outcome.summary += [f"not timed: {one_line(each)}" for each in summary.untimed(document)[:6]]
+    unrest = summary.unrest(document)
+    if unrest > 0.1:
+        outcome.summary.append(
+            f"{100 * unrest:.0f} % of timings scatter by half or more: the machine was busy"
+        )
+    outcome.summary.append(
+        f"copy bandwidth, measured first: {copy['gigabytes_per_second']} GB/s, {copy['bytes'] / 2**30:.3g} GiB read "
+        "and written; all shares are of it"
+    )
+    outcome.problems += [f"wrong: {one_line(each)}" for each in benchmark.red(document)[:6]]
