@@ -29,9 +29,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
 
 BACKENDS := triton cuda_sim reference native
+OLDEST_TRITON := $(shell sed -n 's/^triton==//p' requirements/oldest_triton.txt)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench gpu native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%)
+.PHONY: demo test bench gpu native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%) test-oldest_triton
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -48,6 +49,13 @@ $(VENV)/installed.txt: requirements/development.txt
 $(VENV)/nvcc.txt: requirements/nvcc.txt $(VENV)/installed.txt
 	@echo "no nvcc on this machine: installing $< into $(VENV)"
 	@$(INSTALL) -r $<
+	@cp $< $@
+
+# The oldest Triton that fastreg supports, which goes before the installed one on the search path of its own tests.
+$(VENV)/oldest_triton.txt: requirements/oldest_triton.txt $(VENV)/installed.txt
+	@echo "installing $< into $(VENV)/oldest_triton"
+	@rm -rf $(VENV)/oldest_triton
+	@$(INSTALL) --quiet --no-deps --target $(VENV)/oldest_triton -r $<
 	@cp $< $@
 
 # --- native libraries ------------------------------------------------------------------------------------------------
@@ -78,13 +86,23 @@ bench: $(USABLE)
 
 # One run for each backend, the longest first, two at a time; what does not depend on a backend is tested with the
 # reference. A part's output is shown when it ends, and all parts run even if one fails.
-test: native-cuda
-	@echo "testing the backends $(BACKENDS): some minutes; each one's output follows when it is done"
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(BACKENDS:%=test-%)
+test: native-cuda $(VENV)/oldest_triton.txt
+	@echo "testing the backends $(BACKENDS), and Triton $(OLDEST_TRITON): some minutes; the output of each follows when" \
+	  "it is done"
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(BACKENDS:%=test-%) test-oldest_triton
 
 $(BACKENDS:%=test-%): test-%: native-cuda
 	$(BIN)/python -m pytest tests --backend $* --durations 5 --junit-xml build/tests/$*.xml
 	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
+
+# Triton's kernels once more, interpreted and compiled by the oldest Triton. --triton: by that one and no other.
+WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(BIN)/python -m pytest --triton $(OLDEST_TRITON)
+
+test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
+	$(WITH_OLDEST_TRITON) tests --backend triton --junit-xml build/tests/$@.xml
+	@$(BIN)/python .ci/check_report.py triton-oldest build/tests/$@.xml
+	$(WITH_OLDEST_TRITON) tests/test_triton_compile.py tests/test_triton_launch.py --junit-xml build/tests/$@-compiled.xml
+	@$(BIN)/python .ci/check_report.py triton-oldest-compiled build/tests/$@-compiled.xml
 
 # The machine's own Python, torch, nvcc, cmake and ninja; no virtual environment, no network. bench/gpu says what it does.
 gpu: export FASTREG_COMMIT := $(COMMIT)
