@@ -12,7 +12,8 @@
 #
 # Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS.
 # `make gpu` also takes STAGE (tests, sanitize or bench; all if not given), OUT (where results go), LIMIT (seconds a stage),
-# DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all), SANITIZER (its path), BUILD=no, COMMIT, WORK.
+# DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all), PROCESSES (at a time), SANITIZER (its path),
+# BUILD=no, COMMIT (where there is no git), WORK (instead of build/gpu).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -108,8 +109,9 @@ test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
 gpu: export FASTREG_COMMIT := $(COMMIT)
 gpu: export FASTREG_GPU_WORK := $(WORK)
 gpu:
-	@$(PYTHON) -m bench.gpu --stage "$(STAGE)" --device "$(DEVICE)" --out "$(OUT)" --limit "$(LIMIT)" \
-	  --tests "$(TESTS)" --backends "$(if $(filter command line environment,$(origin BACKENDS)),$(BACKENDS))" --sanitizer "$(SANITIZER)" $(if $(filter no,$(BUILD)),--no-build)
+	@$(PYTHON) -m bench.gpu --stage "$(STAGE)" --device "$(DEVICE)" --out "$(OUT)" --limit "$(LIMIT)" --tests "$(TESTS)" \
+	  --backends "$(if $(filter command,$(origin BACKENDS)),$(BACKENDS))" --jobs "$(PROCESSES)" \
+	  --sanitizer "$(SANITIZER)" $(if $(filter no,$(BUILD)),--no-build)
 
 wheel: $(VENV)/installed.txt $(NVCC)
 	FASTREG_NATIVE=1 FASTREG_CUDA=1 $(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps \

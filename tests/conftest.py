@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 if importlib.util.find_spec("expecttest") is None:
@@ -35,6 +36,8 @@ from fastreg import backends
 from fastreg.cli import machine
 from journal import Journal
 
+# What a test with offsets beyond 2^31 elements leaves with torch's allocator, other processes on the GPU may need.
+_MUCH_MEMORY = 2**30
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What a release of Triton is known to do worse: the beginning of its version, the test, and why it fails.
 _KNOWN = (
@@ -126,6 +129,8 @@ def _same_state_after_each_test(pytestconfig: pytest.Config) -> Iterator[None]:
     yield
     left, expected = backends.requested(), pytestconfig.getoption("--backend")
     backends.use(expected)
+    if pytestconfig.getoption("--device") == "cuda" and torch.cuda.memory_reserved() > _MUCH_MEMORY:
+        torch.cuda.empty_cache()
     assert left == expected, f"the test left the backend {left!r} requested"
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +134,21 @@ def test_bits_tell_zeros_apart_and_let_nan_equal_itself() -> None:
     assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
     assert not same_bits(torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64))
+
+
+def test_another_triton_than_the_one_asked_for_is_refused() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--triton", "0.1", __file__]
+    refused = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120
+    )
+    assert refused.returncode == 4
+    assert "--triton 0.1, but Triton" in refused.stderr
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "half"])
+def test_a_shard_that_is_none_is_refused(shard: str) -> None:
+    from conftest import _shard
+
+    assert _shard("2/2") == (2, 2)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{shard!r} is no shard"):
+        _shard(shard)

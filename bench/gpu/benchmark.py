@@ -138,6 +138,11 @@ def report(document: dict[str, Any], outcome: Outcome) -> None:
         outcome.summary.append(
             f"{100 * unrest:.0f} % of timings scatter by half or more: the machine was busy"
         )
+    copies = [record["copy"]["gigabytes_per_second"] for record in document["cases"]]
+    if copies:
+        outcome.summary.append(
+            f"copies of the inputs, between the kernels: {min(copies)} to {max(copies)} GB/s"
+        )
     outcome.summary.append(
         f"copy bandwidth, measured first: {copy['gigabytes_per_second']} GB/s, {copy['bytes'] / 2**30:.3g} GiB read "
         "and written; all shares are of it"

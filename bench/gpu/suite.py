@@ -8,6 +8,7 @@ process goes on with the tests that are left; and tests/journal.py has written d
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def environment(machine: Machine) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "PIP_NO_INDEX": "1",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "FASTREG_BACKEND": "",
     }
 
@@ -115,6 +116,9 @@ def run_shard(shard: Shard, tests: tuple[str, ...], deadline: Deadline, variable
     ]
     start = time.monotonic()
     while True:
+        if deadline.left == 0:
+            shard.unfinished = True
+            return
         before = len(shard.records())
         finished = run(command, shard.log, deadline, variables, _hang_watch(shard.journal))
         shard.seconds = time.monotonic() - start
@@ -128,7 +132,8 @@ def run_shard(shard: Shard, tests: tuple[str, ...], deadline: Deadline, variable
             shard.note(test, "crashed", finished.stopped or f"its process ended with code {finished.code}")
         elif finished.code != _CONTEXT_LOST:
             why = finished.stopped or _CANNOT_TEST.get(finished.code or 0, f"exit code {finished.code}")
-            shard.trouble = one_line(f"{why}: {' | '.join(finished.last_lines(3))}", 300)
+            said = [line for line in finished.last_lines(3) if not line.startswith("$ ")]
+            shard.trouble = one_line(f"{why}: {' | '.join(said)}", 300)
             return
         if len(shard.records()) <= before:
             shard.trouble = "it makes no progress"
@@ -199,8 +204,8 @@ def results_of(backend: str, shards: list[Shard]) -> Results:
         found.collected += next((record["collected"] for record in records if "collected" in record), 0)
         found.seconds = max(found.seconds, shard.seconds)
         found.unfinished |= shard.unfinished
-        if shard.trouble:
-            found.trouble.append(f"{shard.name}: {shard.trouble}")
+        if shard.trouble and shard.trouble not in found.trouble:
+            found.trouble.append(shard.trouble)
         for record in records:
             if "test" not in record:
                 continue
@@ -212,7 +217,7 @@ def results_of(backend: str, shards: list[Shard]) -> Results:
                 found.wrong.append(record)
         test = shard.under_way()
         if shard.unfinished and test is not None:
-            found.trouble.append(f"{shard.name}: the deadline met it in {test}")
+            found.trouble.append(f"the deadline met it in {test}")
     found.slowest = sorted(found.slowest, reverse=True)[:15]
     return found
 
