@@ -115,7 +115,7 @@ def make() -> str:
 
 
 def assert_few_and_small(out: Path) -> None:
-    """What a machine that is given back can hand over: few files, none large, near the top, with plain names."""
+    """Results are copied from the machine with the GPU: few files, none large, near the top, with plain names."""
     files = [path for path in out.rglob("*") if path.is_file()]
     assert 0 < len(files) <= 8
     for path in files:
