@@ -134,26 +134,34 @@ def settings_of(options: argparse.Namespace, machine: Machine, deadline: Deadlin
     )
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages; 0 where all went well, 1 where one did not, 2 where nothing could be run."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _stop)
+    limit = options.limit or LIMIT
+    deadlines = [Deadline(limit)]
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        """Interrupted: as if the deadline had come, so that what is known is kept and shown."""
+        nonlocal stopped
+        stopped = True
+        deadlines[-1].end = 0.0
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     words = {}
-    deadline = Deadline(options.limit or LIMIT)
     try:
         machine = look(options.device)
         for name in options.stage:
-            settings = settings_of(options, machine, deadline)
+            settings = settings_of(options, machine, deadlines[-1])
             settings.out.mkdir(parents=True, exist_ok=True)
             outcome = run_stage(name, settings, builds=not options.no_build)
             finish(outcome, settings)
             print_summary(outcome, settings)
             words[name] = outcome.word
-            deadline = Deadline(options.limit or LIMIT)
+            if stopped:
+                break
+            deadlines.append(Deadline(limit))
     except NotUsable as reason:
         print(f"make gpu: {reason}", file=sys.stderr)
         return 2
