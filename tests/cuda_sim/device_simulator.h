@@ -142,18 +142,18 @@ unsigned __match_any_sync(unsigned mask, Value value, FASTREG_SITE) {
 }
 
 // Of 32-bit integers, as in hardware.
-#define FASTREG_WARP_REDUCTION(name, expression)                                                         \
-  template <class Value>                                                                                 \
-  Value name(unsigned mask, Value value, FASTREG_SITE) {                                                 \
-    static_assert(std::is_integral_v<Value> && sizeof(Value) == 4);                                      \
-    return simulator::reduce(mask, value, {file, line},                                                  \
-                             [](Value left, Value right) { return static_cast<Value>(expression); });    \
+#define FASTREG_WARP_REDUCTION(name, expression)                                                      \
+  template <class Value>                                                                              \
+  Value name(unsigned mask, Value value, FASTREG_SITE) {                                              \
+    static_assert(std::is_integral_v<Value> && sizeof(Value) == 4);                                   \
+    return simulator::reduce(mask, value, {file, line},                                               \
+                             [](Value left, Value right) { return static_cast<Value>(expression); }); \
   }
 
 FASTREG_WARP_REDUCTION(__reduce_add_sync, left + right)
 FASTREG_WARP_REDUCTION(__reduce_min_sync, left < right ? left : right)
 FASTREG_WARP_REDUCTION(__reduce_max_sync, left < right ? right : left)
-FASTREG_WARP_REDUCTION(__reduce_and_sync, left & right)
+FASTREG_WARP_REDUCTION(__reduce_and_sync, left& right)
 FASTREG_WARP_REDUCTION(__reduce_or_sync, left | right)
 FASTREG_WARP_REDUCTION(__reduce_xor_sync, left ^ right)
 
@@ -162,20 +162,20 @@ FASTREG_WARP_REDUCTION(__reduce_xor_sync, left ^ right)
 inline void __threadfence() { simulator::fence(); }
 
 // Threads take turns only where they wait, so a plain read and write is atomic. Each returns what was there before.
-#define FASTREG_ATOMIC(name, expression)                              \
-  template <class Value>                                              \
+#define FASTREG_ATOMIC(name, expression)                                           \
+  template <class Value>                                                           \
   FASTREG_UNTRACED Value name(Value* address, std::type_identity_t<Value> value) { \
-    simulator::atomic_access(address, sizeof(Value));                 \
-    const Value before = *address;                                    \
-    *address = static_cast<Value>(expression);                        \
-    return before;                                                    \
+    simulator::atomic_access(address, sizeof(Value));                              \
+    const Value before = *address;                                                 \
+    *address = static_cast<Value>(expression);                                     \
+    return before;                                                                 \
   }
 
 FASTREG_ATOMIC(atomicAdd, before + value)
 FASTREG_ATOMIC(atomicSub, before - value)
 FASTREG_ATOMIC(atomicMin, before < value ? before : value)
 FASTREG_ATOMIC(atomicMax, before < value ? value : before)
-FASTREG_ATOMIC(atomicAnd, before & value)
+FASTREG_ATOMIC(atomicAnd, before& value)
 FASTREG_ATOMIC(atomicOr, before | value)
 FASTREG_ATOMIC(atomicXor, before ^ value)
 FASTREG_ATOMIC(atomicExch, value)
@@ -192,17 +192,17 @@ FASTREG_UNTRACED Value atomicCAS(Value* address, std::type_identity_t<Value> exp
 
 // Loads and stores with a hint for the caches. A value of several elements is one access, and must be aligned to all
 // of it.
-#define FASTREG_LOAD(name)                          \
-  template <class Value>                            \
-  __attribute__((always_inline)) inline Value name(const Value* address) {                \
-    simulator::check_aligned(address, sizeof(Value)); \
-    return *address;                                \
+#define FASTREG_LOAD(name)                                                 \
+  template <class Value>                                                   \
+  __attribute__((always_inline)) inline Value name(const Value* address) { \
+    simulator::check_aligned(address, sizeof(Value));                      \
+    return *address;                                                       \
   }
-#define FASTREG_STORE(name)                         \
-  template <class Value>                            \
+#define FASTREG_STORE(name)                                                                            \
+  template <class Value>                                                                               \
   __attribute__((always_inline)) inline void name(Value* address, std::type_identity_t<Value> value) { \
-    simulator::check_aligned(address, sizeof(Value)); \
-    *address = value;                               \
+    simulator::check_aligned(address, sizeof(Value));                                                  \
+    *address = value;                                                                                  \
   }
 
 FASTREG_LOAD(__ldg)
@@ -278,9 +278,13 @@ inline constexpr bool simulated = true;
 
 inline unsigned char* dynamic_shared() { return simulator::dynamic_shared(); }
 
-__attribute__((always_inline)) inline uint4 load_streamed(const void* address) { return __ldg(static_cast<const uint4*>(address)); }
+__attribute__((always_inline)) inline uint4 load_streamed(const void* address) {
+  return __ldg(static_cast<const uint4*>(address));
+}
 
-__attribute__((always_inline)) inline void store_wide(void* address, const uint4& value) { __stwb(static_cast<uint4*>(address), value); }
+__attribute__((always_inline)) inline void store_wide(void* address, const uint4& value) {
+  __stwb(static_cast<uint4*>(address), value);
+}
 
 inline void forget(uint32_t&) {}
 inline void forget(uint16_t&) {}

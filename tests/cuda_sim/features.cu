@@ -1,5 +1,5 @@
-// What CUDA kernels of ours use and may use, each in a small kernel whose result is known: a test of the simulator where
-// the simulator runs it, and of the simulator's idea of CUDA where a GPU does.
+// What CUDA kernels of ours use and may use, each in a small kernel whose result is known: a test of the simulator
+// where the simulator runs it, and of the simulator's idea of CUDA where a GPU does.
 //
 //   nvcc -std=c++20 -arch=sm_90 -I csrc/cuda tests/cuda_sim/features.cu -o features && ./features
 //
@@ -47,8 +47,8 @@ __global__ void block_barrier_kernel(const Arguments arguments) {
   __syncthreads();
   const int other = shared.values[threads - 1 - thread];
   const int positive = __syncthreads_count(other > 0);
-  const int all = __syncthreads_and(other >= 0);
-  const int any = __syncthreads_or(other == 77);
+  const int all = __syncthreads_and(other >= 0) != 0;
+  const int any = __syncthreads_or(other == 77) != 0;
   arguments.output[thread] = other + 1000 * positive + 1000000 * all + 2000000 * any;
 }
 
@@ -66,8 +66,8 @@ __global__ void shuffle_kernel(const Arguments arguments) {
 __global__ void vote_kernel(const Arguments arguments) {
   const int value = arguments.input[threadIdx.x];
   const unsigned odd = __ballot_sync(all_lanes, value % 2);
-  const int all = __all_sync(all_lanes, value >= 0);
-  const int any = __any_sync(all_lanes, value == 9999);
+  const int all = __all_sync(all_lanes, value >= 0) != 0;
+  const int any = __any_sync(all_lanes, value == 9999) != 0;
   const unsigned equal = __match_any_sync(all_lanes, value % 4);
   arguments.output[threadIdx.x] = static_cast<int>(odd ^ equal) + all + 2 * any;
 }
@@ -187,8 +187,8 @@ __global__ void cluster_kernel(const Arguments arguments) {
   cluster.map_shared_rank(own.values, (rank + 1) % blocks)[thread] = arguments.input[thread] + 1000 * rank;
   cluster.barrier_arrive();
   cluster.barrier_wait();
-  arguments.output[thread_of_grid()] = cluster.map_shared_rank(own.values, (rank + 2) % blocks)[thread] +
-                                       100000 * static_cast<int>(cluster_rank());
+  arguments.output[thread_of_grid()] =
+      cluster.map_shared_rank(own.values, (rank + 2) % blocks)[thread] + 100000 * static_cast<int>(cluster_rank());
   cluster.sync();  // nobody ends while others read
 #endif
 }
@@ -203,7 +203,8 @@ __global__ void mailbox_kernel(const Arguments arguments) {
   exchange.finish_start(arguments.count);
   float total = 0.0f;
   for (unsigned round = 0; round < 7; ++round) {
-    float values[1] = {over_lanes(static_cast<float>(arguments.input[thread_of_grid()] % 64 + static_cast<int>(round)), warp_lanes)};
+    float values[1] = {
+        over_lanes(static_cast<float>(arguments.input[thread_of_grid()] % 64 + static_cast<int>(round)), warp_lanes)};
     over_warps_and_blocks(values, team, arguments.count, exchange, round);
     total += values[0];
   }
@@ -237,7 +238,8 @@ __global__ void last_block_kernel(const Arguments arguments) {
   __syncthreads();
   if (shared.values[0] != 0) {
     int sum = 0;
-    for (unsigned block = 0; block < gridDim.x; ++block) sum += __ldcg(arguments.scratch + 1 + block * blockDim.x + threadIdx.x);
+    for (unsigned block = 0; block < gridDim.x; ++block)
+      sum += __ldcg(arguments.scratch + 1 + block * blockDim.x + threadIdx.x);
     arguments.output[thread] = sum;
   }
 }
@@ -342,39 +344,39 @@ std::vector<Feature> features() {
                    return static_cast<int>(odd ^ equal) + 1;
                  },
                  nullptr});
-  all.push_back({"reductions over a warp", launch<warp_reduction_kernel, Arguments>, shape_of(1), threads, threads, 1, 0,
-                 [](int index) {
-                   return over_warp(index, 0, [](int left, int right) { return left + right; }) +
-                          3 * over_warp(index, 1 << 30, [](int left, int right) { return left < right ? left : right; }) +
-                          5 * over_warp(index, 0, [](int left, int right) { return left < right ? right : left; }) +
-                          over_warp(index, -1, [](int left, int right) { return left & (right | 1); }) +
-                          over_warp(index, 0, [](int left, int right) { return left | right; }) +
-                          over_warp(index, 0, [](int left, int right) { return left ^ right; });
-                 },
-                 nullptr});
-  all.push_back({"parts of a warp", launch<part_of_a_warp_kernel, Arguments>, shape_of(1), threads, threads, 1, 0,
-                 [](int index) {
-                   return index % 32 < 16 ? 2 * input_at(index ^ 1) + (index ^ 2) : 3 * input_at(index ^ 1);
-                 },
-                 nullptr});
-  all.push_back({"atomic operations", launch<atomic_kernel, Arguments>, shape_of(5), 5 * threads, 1, 11, 0,
-                 [](int) { return 0; },
-                 [sum_of](int index) {
-                   int smallest = 0, largest = 0, bits = 0, crossed = 0;
-                   for (int place = 0; place < 5 * threads; ++place) {
-                     const int value = input_at(place);
-                     smallest = value < smallest ? value : smallest;
-                     largest = value > largest ? value : largest;
-                     bits |= 1 << value % 8;
-                     crossed ^= value;
-                   }
-                   const float halves = 0.5f * 5 * threads;
-                   int as_int;
-                   std::memcpy(&as_int, &halves, sizeof(as_int));
-                   const int sum = sum_of(5 * threads);
-                   const int expected[] = {sum, -sum, smallest, largest, 0, bits, crossed, 5 * threads, as_int, sum, 31};
-                   return expected[index];
-                 }});
+  all.push_back(
+      {"reductions over a warp", launch<warp_reduction_kernel, Arguments>, shape_of(1), threads, threads, 1, 0,
+       [](int index) {
+         return over_warp(index, 0, [](int left, int right) { return left + right; }) +
+                3 * over_warp(index, 1 << 30, [](int left, int right) { return left < right ? left : right; }) +
+                5 * over_warp(index, 0, [](int left, int right) { return left < right ? right : left; }) +
+                over_warp(index, -1, [](int left, int right) { return left & (right | 1); }) +
+                over_warp(index, 0, [](int left, int right) { return left | right; }) +
+                over_warp(index, 0, [](int left, int right) { return left ^ right; });
+       },
+       nullptr});
+  all.push_back(
+      {"parts of a warp", launch<part_of_a_warp_kernel, Arguments>, shape_of(1), threads, threads, 1, 0,
+       [](int index) { return index % 32 < 16 ? 2 * input_at(index ^ 1) + (index ^ 2) : 3 * input_at(index ^ 1); },
+       nullptr});
+  all.push_back(
+      {"atomic operations", launch<atomic_kernel, Arguments>, shape_of(5), 5 * threads, 1, 11, 0, [](int) { return 0; },
+       [sum_of](int index) {
+         int smallest = 0, largest = 0, bits = 0, crossed = 0;
+         for (int place = 0; place < 5 * threads; ++place) {
+           const int value = input_at(place);
+           smallest = value < smallest ? value : smallest;
+           largest = value > largest ? value : largest;
+           bits |= 1 << value % 8;
+           crossed ^= value;
+         }
+         const float halves = 0.5f * 5 * threads;
+         int as_int;
+         std::memcpy(&as_int, &halves, sizeof(as_int));
+         const int sum = sum_of(5 * threads);
+         const int expected[] = {sum, -sum, smallest, largest, 0, bits, crossed, 5 * threads, as_int, sum, 31};
+         return expected[index];
+       }});
   all.push_back({"64 KB of dynamic shared memory", launch<dynamic_shared_kernel, Arguments>, shape_of(2, 1, 65536),
                  threads, threads, 1, 65536 / 4, [](int index) { return input_at((index + 1) % threads); }, nullptr});
   all.back().shape.blocks = 1;

@@ -81,8 +81,8 @@ cudaError_t check_limits(const cudaLaunchConfig_t& config, const void* kernel) {
   const auto allowed = allowed_shared_bytes.find(kernel);
   const int most = allowed == allowed_shared_bytes.end() ? shared_bytes_without_asking
                                                          : std::max(allowed->second, shared_bytes_without_asking);
-  require(config.dynamicSmemBytes <= static_cast<size_t>(most), "more dynamic shared memory than the kernel was allowed",
-          cudaErrorInvalidValue);
+  require(config.dynamicSmemBytes <= static_cast<size_t>(most),
+          "more dynamic shared memory than the kernel was allowed", cudaErrorInvalidValue);
   require(product(cluster) == 1 || the_device.architecture >= 90, "clusters need sm_90");
   require(product(cluster) <= static_cast<unsigned>(the_device.largest_cluster), "the cluster is too large",
           cudaErrorInvalidClusterSize);
@@ -123,8 +123,8 @@ std::string launches() {
 
 int resident_blocks_per_multiprocessor(int threads, size_t dynamic_shared_bytes) {
   const int most_threads = the_device.architecture >= 120 ? 1536 : 2048;
-  const int by_shared =
-      the_device.shared_bytes_per_multiprocessor / (static_cast<int>(dynamic_shared_bytes) + shared_bytes_of_the_system);
+  const int by_shared = the_device.shared_bytes_per_multiprocessor /
+                        (static_cast<int>(dynamic_shared_bytes) + shared_bytes_of_the_system);
   return std::min({by_shared, most_threads / ((threads + 31) / 32 * 32), 32});
 }
 

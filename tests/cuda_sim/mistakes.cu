@@ -100,7 +100,9 @@ void uninitialised_tensor(const Arguments arguments) {
 
 void beyond_a_tensor(const Arguments arguments) { arguments.tensor[193 + thread_index()] = 1; }
 
-void before_a_tensor(const Arguments arguments) { arguments.tensor[thread_index()] = arguments.tensor[thread_index() - 1]; }
+void before_a_tensor(const Arguments arguments) {
+  arguments.tensor[thread_index()] = arguments.tensor[thread_index() - 1];
+}
 
 void beyond_dynamic_shared_memory(const Arguments) { dynamic_shared()[threads * 4 - 63 + thread_index()] = 1; }
 
@@ -121,7 +123,9 @@ void copy_read_too_early(const Arguments arguments) {
 
 // --- blocks ----------------------------------------------------------------------------------------------------------
 
-void blocks_write_one_place(const Arguments arguments) { arguments.tensor[thread_index()] = static_cast<int>(blockIdx.x); }
+void blocks_write_one_place(const Arguments arguments) {
+  arguments.tensor[thread_index()] = static_cast<int>(blockIdx.x);
+}
 
 void block_reads_what_another_writes(const Arguments arguments) {
   const int place = static_cast<int>(blockIdx.x) * threads + thread_index();
@@ -156,7 +160,8 @@ void grid_barrier_that_some_blocks_skip(const Arguments) {
 void missing_grid_barrier(const Arguments arguments) {
   arguments.tensor[static_cast<int>(blockIdx.x) * threads + thread_index()] = 1;
   groups::this_thread_block().sync();
-  arguments.tensor[128 + thread_index()] = arguments.tensor[(static_cast<int>(blockIdx.x) * threads + thread_index() + threads) % 128];
+  arguments.tensor[128 + thread_index()] =
+      arguments.tensor[(static_cast<int>(blockIdx.x) * threads + thread_index() + threads) % 128];
 }
 
 // --- clusters --------------------------------------------------------------------------------------------------------
@@ -216,8 +221,10 @@ struct Mistake {
   Launch shape;
 };
 
-#define MISTAKE(name, found_by, blocks, cluster, cooperative) \
-  {#name, found_by, &name, {blocks, threads, cluster, threads * 4, cooperative, nullptr}}
+#define MISTAKE(name, found_by, blocks, cluster, cooperative)                               \
+  {                                                                                         \
+    #name, found_by, &name, { blocks, threads, cluster, threads * 4, cooperative, nullptr } \
+  }
 
 const Mistake mistakes[] = {
     MISTAKE(missing_barrier, "nobody has written", 1, 1, false),

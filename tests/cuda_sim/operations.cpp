@@ -114,7 +114,8 @@ void cluster_arrive(bool releases) {
     fail("cluster barrier: " + describe(*running) + " arrived twice without waiting");
   }
   if (cluster.exited > 0) {
-    fail("divergent barrier: " + describe(*running) + " reached a cluster barrier, but threads of its cluster have ended");
+    fail("divergent barrier: " + describe(*running) +
+         " reached a cluster barrier, but threads of its cluster have ended");
   }
   running->arrived_at_phase = cluster.phase;
   cluster.releases = (cluster.arrived == 0 || cluster.releases) && releases;

@@ -65,7 +65,7 @@ class Clock {
   }
 
  private:
-  std::vector<std::pair<uint32_t, std::shared_ptr<Times>>> blocks_;
+  std::vector<std::pair<uint32_t, std::shared_ptr<Times> > > blocks_;
 
   Times& own(uint32_t block, size_t size) {
     auto mine = std::find_if(blocks_.begin(), blocks_.end(), [&](const auto& entry) { return entry.first == block; });
@@ -94,7 +94,8 @@ class Clock {
     }
     auto joined = std::make_shared<Times>(*mine);
     joined->resize(std::max(mine->size(), other->size()));
-    for (size_t index = 0; index < other->size(); ++index) (*joined)[index] = std::max((*joined)[index], (*other)[index]);
+    for (size_t index = 0; index < other->size(); ++index)
+      (*joined)[index] = std::max((*joined)[index], (*other)[index]);
     mine = std::move(joined);
   }
 };
@@ -105,8 +106,8 @@ struct Knowledge {
   uint32_t time = 1;  // of the thread itself; grows when others learn of it
   Clock writes;
   Clock reads;
-  Clock fenced;           // what its next atomic operations pass on
-  Clock from_atomics;     // what its atomic operations have been passed, for the next fence
+  Clock fenced;        // what its next atomic operations pass on
+  Clock from_atomics;  // what its atomic operations have been passed, for the next fence
   bool has_fenced = false;
 };
 
@@ -136,17 +137,22 @@ constexpr size_t kept_readers = 1024;
 class Shadow {
  public:
   Shadow(const void* base, size_t bytes, size_t granule)
-      : base_(reinterpret_cast<uintptr_t>(base)), bytes_(bytes), granule_(granule), pages_(bytes / granule / page + 1) {}
+      : base_(reinterpret_cast<uintptr_t>(base)),
+        bytes_(bytes),
+        granule_(granule),
+        pages_(bytes / granule / page + 1) {}
 
   uintptr_t base() const { return base_; }
   bool contains(uintptr_t address) const { return address - base_ < bytes_; }
-  bool contains(uintptr_t address, size_t bytes) const { return contains(address) && bytes_ - (address - base_) >= bytes; }
+  bool contains(uintptr_t address, size_t bytes) const {
+    return contains(address) && bytes_ - (address - base_) >= bytes;
+  }
 
   template <class Visit>
   void visit(uintptr_t address, size_t bytes, const Visit& visit) {
     for (size_t cell = (address - base_) / granule_; cell * granule_ < address - base_ + bytes; ++cell) {
       auto& cells = pages_[cell / page];
-      if (cells == nullptr) cells = std::make_unique<std::array<Cell, page>>();
+      if (cells == nullptr) cells = std::make_unique<std::array<Cell, page> >();
       visit((*cells)[cell % page]);
     }
   }
@@ -156,7 +162,7 @@ class Shadow {
   uintptr_t base_;
   size_t bytes_;
   size_t granule_;
-  std::vector<std::unique_ptr<std::array<Cell, page>>> pages_;
+  std::vector<std::unique_ptr<std::array<Cell, page> > > pages_;
 };
 
 struct BlockState {
@@ -239,7 +245,8 @@ void check_write(Cell& cell, const Access& access, const Knowledge& by, const Ac
   if (previous.time == on_its_way) report_race("a write", access, "an asynchronous copy, not waited for,", previous);
   if (previous.time != 0 && !same_thread(previous, self) && !(atomic && cell.atomic)) {
     const Clock& known = previous.index >= launch.threads ? by.reads : by.writes;
-    if (!known.knows(previous.block, previous.index, previous.time)) report_race("a write", access, "a write", previous);
+    if (!known.knows(previous.block, previous.index, previous.time))
+      report_race("a write", access, "a write", previous);
   }
   for (const Access& read : cell.reads) {
     if (!same_thread(read, self) && !by.reads.knows(read.block, read.index, read.time)) {
@@ -433,9 +440,9 @@ void mail_is_sent(Thread& sender, const Block& target, const Mailbox& mailbox, v
   Knowledge& knowledge = knowledge_of(sender);
   const Access self{sender.block->linear, sender.linear, knowledge.time, place};
   const Access mail{target.linear, launch.threads + mailbox.index, mailbox.round + 1, place};
-  block_states.at(target.linear)
-      .shared.visit(reinterpret_cast<uintptr_t>(slot), bytes,
-                    [&](Cell& cell) { check_write(cell, mail, knowledge, self, false); });
+  block_states.at(target.linear).shared.visit(reinterpret_cast<uintptr_t>(slot), bytes, [&](Cell& cell) {
+    check_write(cell, mail, knowledge, self, false);
+  });
   // The round that the mail belongs to tells who receives it that the sender's earlier reads are done.
   Clock& carried = passed_on[reinterpret_cast<uintptr_t>(&mailbox)];
   carried.join(knowledge.reads);
@@ -498,10 +505,8 @@ void atomic_access(const void* address, size_t bytes, const void* place) {
 
 // --- what the compiler calls -----------------------------------------------------------------------------------------
 
-#define FASTREG_ACCESS(name, bytes, write)                                                   \
-  void name(void* address) {                                                                 \
-    simulator::tracer::access(address, bytes, write, __builtin_return_address(0));           \
-  }
+#define FASTREG_ACCESS(name, bytes, write) \
+  void name(void* address) { simulator::tracer::access(address, bytes, write, __builtin_return_address(0)); }
 
 extern "C" {
 
