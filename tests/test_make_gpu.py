@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu import sanitize
-from bench.gpu.__main__ import STAGES, main
+from bench.gpu import sanitize, suite
+from bench.gpu.__main__ import STAGES, finish, main, print_summary
+from bench.gpu.machine import Machine
 from bench.gpu.process import Deadline, Finished, run
+from bench.gpu.stage import Settings
 
 pytestmark = pytest.mark.backend_independent
 
@@ -93,8 +97,7 @@ class Made:
 def made(bare_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     """The runs that take seconds, all at once; each has the build folder's part of its own stage to itself."""
     variables: dict[str, dict[str, object]] = {
-        "hanging": {"DEVICE": "cpu", "STAGE": "tests", "TESTS": "tests/rehearsal.py -k runs", "LIMIT": 14},
-        "all": {"DEVICE": "cpu", "TESTS": "tests/rehearsal.py -k fate"},
+        "all": {"DEVICE": "cpu", "TESTS": "tests/rehearsal.py -k fate", "LIMIT": 300},
         "no GPU": {"STAGE": "tests"},
     }
     processes = {}
@@ -125,20 +128,35 @@ def assert_few_and_small(out: Path) -> None:
         assert all(re.fullmatch(r"[A-Za-z0-9._-]+", part) for part in inside.parts), inside
 
 
-def test_a_stage_ends_at_its_deadline_with_what_it_has(made: dict[str, Made]) -> None:
-    """One test passes, the next hangs, a third is never reached."""
-    run = made["hanging"]
-    assert run.code != 0
-    assert run.lines[-1].startswith("tests: NOT FINISHED (a REHEARSAL on the CPU)"), run.lines
-    assert any(
-        "the deadline met it in tests/rehearsal.py::test_that_runs_forever" in line for line in run.lines
+def test_a_stage_ends_at_its_deadline_with_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One test passes, the next hangs, a third is never reached; the deadline comes once the second has begun."""
+    monkeypatch.setattr(suite, "WORK", tmp_path / "work")
+    rehearsal = Machine("cpu", "a REHEARSAL", "", 0, "3", torch.__version__, "3", cores=1)
+    selection = (str(ROOT / "tests" / "rehearsal.py"), "-k", "runs")
+    settings = Settings(
+        rehearsal, tmp_path / "out", Deadline(100), jobs=1, tests=selection, backends=("reference",)
     )
-    record = run.json("tests.json")
-    assert (record["result"], record["limit"], record["machine"]["rehearsal"]) == ("NOT FINISHED", 14, True)
-    assert record["seconds"] < 14 + 8
+    journal = tmp_path / "work" / "tests" / "reference-cpu-1.jsonl"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(suite.stage, settings)
+        while not (journal.exists() and "test_that_runs_forever" in journal.read_text()):
+            assert not running.done()
+            assert settings.deadline.left
+            time.sleep(0.05)
+        settings.deadline.end = time.monotonic() + 0.2
+        outcome = running.result(timeout=20)
+    finish(outcome, settings)
+    print_summary(outcome, settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("tests: NOT FINISHED (a REHEARSAL on the CPU)"), lines
+    assert any("the deadline met it in tests/rehearsal.py::test_that_runs_forever" in line for line in lines)
+    record = json.loads((tmp_path / "out" / "tests.json").read_text())
+    assert (record["result"], record["machine"]["rehearsal"]) == ("NOT FINISHED", True)
     found = record["backends"]["reference"]
     assert [found[key] for key in ("collected", "passed", "not run", "finished")] == [3, 1, 2, False]
-    assert_few_and_small(run.out)
+    assert_few_and_small(tmp_path / "out")
 
 
 def test_a_summary_names_what_went_wrong(made: dict[str, Made]) -> None:
@@ -154,7 +172,9 @@ def test_a_summary_names_what_went_wrong(made: dict[str, Made]) -> None:
     assert "ended with code 41" in run.lines[crashed + 1]
     skips = "PROBLEM: reference: reference-cpu: 1 skips for this reason, 0 expected by expected_skips.txt"
     assert any(line.startswith(skips) for line in run.lines)
-    found = run.json("tests.json")["backends"]["reference"]
+    record = run.json("tests.json")
+    assert (record["limit"], record["machine"]["rehearsal"]) == (300, True)
+    found = record["backends"]["reference"]
     counts = [found[key] for key in ("collected", "passed", "failed", "crashed", "skipped", "not run")]
     assert counts == [5, 2, 1, 1, 1, 0]
     assert found["skips"] == {"a reason that no list expects": 1}
