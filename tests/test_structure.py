@@ -257,6 +257,12 @@ def nodes(kind: Any, wrong: Callable[[Any], bool]) -> list[str]:
     ]
 
 
+def test_kernels_are_launched_in_one_place() -> None:
+    launching = re.compile(r"<<<|cudaLaunch\w*Kernel\w*\(")
+    found = {path.name for path in (ROOT / "csrc").rglob("*.*") if launching.search(path.read_text())}
+    assert found == {"launch.cuh"}
+
+
 def test_no_assert_checks_the_user() -> None:
     """python -O removes asserts; one that only tells the type checker ``x is not None`` may stay."""
 

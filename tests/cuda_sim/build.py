@@ -125,7 +125,16 @@ def library() -> Path:
         folders = (ROOT / "csrc", HERE)
         doors = list(pool.map(lambda source: _object(source, folders, [*flags, *_torch_flags()]), sources))
     torch_libraries = Path(torch.__file__).parent / "lib"
-    link = ["-shared", f"-L{torch_libraries}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-ldl"]
+    # -Bsymbolic: where torch has CUDA, its runtime has the same names as the simulator.
+    link = [
+        "-shared",
+        "-Wl,-Bsymbolic",
+        f"-L{torch_libraries}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-ldl",
+    ]
     return _linked("libfastreg_cuda_sim.so", [*doors, *_simulator_objects(flags)], link)
 
 
