@@ -118,7 +118,6 @@ void cluster_arrive(bool releases) {
          " reached a cluster barrier, but threads of its cluster have ended");
   }
   running->arrived_at_phase = cluster.phase;
-  cluster.releases = (cluster.arrived == 0 || cluster.releases) && releases;
   tracer::arrives_at_cluster(*running, releases);
   if (++cluster.arrived == cluster.blocks.size() * launch.threads) {
     cluster.arrived = 0;

@@ -126,7 +126,6 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   uint64_t phase = 0;  // of the cluster barrier
   unsigned arrived = 0;
-  bool releases = true;  // whether all arrivals of this phase made earlier writes visible
   unsigned exited = 0;
   std::vector<Thread*> waiting;
 };
