@@ -33,21 +33,11 @@ if importlib.util.find_spec("expecttest") is None:
 
 from backend_under_test import BACKENDS, cases_for, dtypes_for, emulated, select
 from fastreg import backends
-from fastreg.cli import machine
 from journal import Journal
 
 # What a test with offsets beyond 2^31 elements leaves with torch's allocator, other processes on the GPU may need.
 _MUCH_MEMORY = 2**30
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-# What a release of Triton is known to do worse: the beginning of its version, the test, and why it fails.
-_KNOWN = (
-    ("3.6.", "test_machine_code[layer-7168-float32-float32-120]", "Triton 3.6 spills 16 bytes for sm_120"),
-    (
-        "3.6.",
-        "test_machine_code[layer-257-bfloat16-float32-d_iwb-100]",
-        "Triton 3.6 spills 8 bytes for sm_100",
-    ),
-)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -174,12 +164,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for marker in markers
             for name, value in marker.kwargs.items()
         )
-
-    triton = machine.triton_version() or ""
-    for item in items:
-        for version, name, reason in _KNOWN:
-            if triton.startswith(version) and item.name == name:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
 
     chosen = [item for item in items if belongs(item)][part - 1 :: parts]
     if len(chosen) < len(items):

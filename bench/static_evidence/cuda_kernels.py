@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -65,15 +64,15 @@ def launches(architecture: int) -> dict[str, set[Launch]]:
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-def readable(names: Iterable[str]) -> dict[str, str]:
+def _demangled(names: Iterable[str]) -> dict[str, str]:
     """Mangled names as the simulator spells them: ``forward_kernel<float, true, 4, 1, 4>``."""
     mangled = sorted(names)
     finished = subprocess.run(
         ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
     )
     return {
-        name: re.sub(r"\(.*|^void |fastreg::cuda::", "", text)
-        for name, text in zip(mangled, finished.stdout.splitlines(), strict=True)
+        name: backend.readable(signature)
+        for name, signature in zip(mangled, finished.stdout.splitlines(), strict=True)
     }
 
 
@@ -100,7 +99,7 @@ def records(library: Path, logs: Path, elf: list[str]) -> Iterator[Record]:
             raise ValueError(f"{logs} has not the logs of {library}: run `make native`")
     accesses = machine_code.accesses(machine_code.cuobjdump(library, "-sass"))
     maximum = machine_code.maximum_threads(elf)
-    names = readable({name for _, name in used})
+    names = _demangled({name for _, name in used})
     launched = {architecture: launches(architecture) for architecture in {each for each, _ in used}}
     for kernel, resources in used.items():
         architecture, name = kernel

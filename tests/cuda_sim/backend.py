@@ -104,9 +104,9 @@ def simulating(device: Device) -> Iterator[None]:
         _configure(loaded_library(), previous)
 
 
-def _readable(name: str) -> str:
+def readable(signature: str) -> str:
     """``forward_kernel<float, true, 4, 1, 4>`` of a demangled signature."""
-    return re.sub(r"\(.*|^void |fastreg::cuda::", "", name)
+    return re.sub(r"\(.*|^void |fastreg::cuda::", "", signature)
 
 
 def parse_launches(text: str) -> list[Launch]:
@@ -115,7 +115,7 @@ def parse_launches(text: str) -> list[Launch]:
     for line in text.splitlines():
         *numbers, cooperative, name = line.split(" ", 6)
         count, blocks, threads, cluster, shared = map(int, numbers)
-        found.append(Launch(count, blocks, threads, cluster, shared, cooperative == "1", _readable(name)))
+        found.append(Launch(count, blocks, threads, cluster, shared, cooperative == "1", readable(name)))
     return found
 
 
@@ -140,7 +140,7 @@ def kernels() -> set[str]:
         ["nm", "-C", str(build.library())], capture_output=True, text=True, check=True
     ).stdout
     symbols = {
-        _readable(line.split(" ", 2)[2]) for line in listing.splitlines() if " W " in line or " T " in line
+        readable(line.split(" ", 2)[2]) for line in listing.splitlines() if " W " in line or " T " in line
     }
     return {symbol for symbol in symbols if symbol.partition("<")[0] in names}
 

@@ -531,7 +531,9 @@ int main(int count, char** values) {
       right = false;
     }
   }
-  const unsigned beyond_resident = static_cast<unsigned>(device.multiprocessors) * 64;
+  int resident = 0;
+  require(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, idle_kernel, 1024, 0), "ask what runs at once");
+  const unsigned beyond_resident = static_cast<unsigned>(device.multiprocessors * resident + 1);
   const Refused all_refused[] = {
       {"1025 threads", {1, 1, 1}, {1025, 1, 1}, 0, 1, false},
       {"65 threads in z", {1, 1, 1}, {1, 1, 65}, 0, 1, false},
