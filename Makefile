@@ -1,7 +1,7 @@
 # Every target does its own set-up: on a machine that has python3 (3.10 or newer, with venv and pip), g++ and make,
 # `make demo` and `make test` need nothing run before. The second run finds it done.
 #
-#   make demo      train a small vision transformer with and without fastreg, and compare
+#   make demo      train two small networks with and without fastreg, and compare
 #   make test      every test on every backend
 #   make bench     the benchmark table of this machine, into bench/results/
 #   make native    build the native libraries into fastreg/lib

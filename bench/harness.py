@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from fastreg import backends
-from fastreg.cli import benchmark, machine, measure, timing
-from fastreg.cli.measure import Case, Measured
+from fastreg.cli import benchmark, machine, measure, timing, workloads
+from fastreg.cli.measure import Measured
 from fastreg.cli.providers import COMPILE, EAGER, interpreted
-from fastreg.cli.workloads import DIRECTIONS
+from fastreg.cli.workloads import DIRECTIONS, Case
 
 SECONDS = 2.0
 
@@ -53,10 +53,10 @@ def timer() -> float:
     return _replay()
 
 
-def provider_names(device: torch.device) -> list[str]:
+def provider_names(op: str, device: torch.device) -> list[str]:
     """Every provider that could take part on this device; a test each."""
     ours = [name for name in backends.NAMES if not interpreted(name, device)]
-    return [EAGER, COMPILE, *ours, *(["liger"] if device.type == "cuda" else [])]
+    return [EAGER, COMPILE, *ours, *(workloads.workload(op).PEERS if device.type == "cuda" else [])]
 
 
 @cache
@@ -94,7 +94,7 @@ def benchmark_of(op: str) -> Callable[..., None]:
     device = machine.default_device()
 
     @pytest.mark.benchmark(timer=timer)
-    @pytest.mark.parametrize("provider", provider_names(device))
+    @pytest.mark.parametrize("provider", provider_names(op, device))
     @pytest.mark.parametrize("direction", DIRECTIONS)
     @pytest.mark.parametrize("case", benchmark.grid(device, [op]), ids=str)
     def test(benchmark: Any, case: Case, direction: str, provider: str) -> None:

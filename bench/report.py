@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fastreg.cli import summary
-from fastreg.cli.benchmark import SCHEMA
+from fastreg.cli.benchmark import upgraded
 from fastreg.cli.providers import label
+from fastreg.cli.workloads import title
 
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- measured -->", "<!-- /measured: python -m bench.report --readme README.md -->"
@@ -34,12 +35,10 @@ def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
         dated = directory.glob("[0-9]*.json")
         paths = sorted(path for path in dated if not path.stem.endswith("-partial"))
         if paths:
-            document = json.loads(paths[-1].read_text())
-            if document.get("schema") != SCHEMA:
-                raise ValueError(
-                    f"{paths[-1]} has schema {document.get('schema')}, this report reads {SCHEMA}"
-                )
-            found.append((paths[-1], document))
+            try:
+                found.append((paths[-1], upgraded(json.loads(paths[-1].read_text()))))
+            except ValueError as error:
+                raise ValueError(f"{paths[-1]} has {error}") from None
     return sorted(found, key=lambda pair: pair[1]["machine"]["device"], reverse=True)
 
 
@@ -82,11 +81,22 @@ def worst(found: summary.Group) -> str:
     return summary.times(found.worst)
 
 
-def cases(document: dict[str, Any]) -> str:
-    """Every case of every op."""
-    columns = summary.case_columns(summary.timed_providers(document), lambda name: f"{label(name)}, ms")
-    rows = [[record["op"], *(show(record) for _, show in columns)] for record in document["cases"]]
+def cases(records: list[dict[str, Any]]) -> str:
+    """Every case of one op."""
+    providers = summary.timed_providers({"cases": records})
+    columns = summary.case_columns(providers, lambda name: f"{label(name)}, ms")
+    rows = [[title(record), *(show(record) for _, show in columns)] for record in records]
     return table(["op", *(heading for heading, _ in columns)], rows, left=4)
+
+
+def details(document: dict[str, Any]) -> str:
+    """The table of every op, folded."""
+    parts = []
+    for op in dict.fromkeys(record["op"] for record in document["cases"]):
+        records = [record for record in document["cases"] if record["op"] == op]
+        how = f"Every case of {op} (fastreg picks {summary.picked(records)}): medians of interleaved rounds"
+        parts.append(f"<details><summary>{how}</summary>\n\n{cases(records)}\n\n</details>\n")
+    return "\n".join(parts)
 
 
 def host(document: dict[str, Any]) -> str:
@@ -100,15 +110,12 @@ def section(path: Path, document: dict[str, Any], root: Path) -> str:
     shown = path.resolve().relative_to(root.resolve()).as_posix()
     copy = document["large_copy"]["gigabytes_per_second"]
     untimed = "".join(f"- not timed: {line}\n" for line in summary.untimed(document))
-    how = (
-        f"Every case (fastreg picks {summary.picked(document['cases'])}): medians of interleaved rounds; GB/s is the "
-        "op's minimum traffic over the time, its share that of a copy of the input in the same rounds"
-    )
     return (
         f"### {document['machine']['name']}\n\n"
         f"{summary.machine_line(document)}; a large copy reaches {copy} GB/s. From [{shown}]({shown}).\n\n"
-        f"Geometric means over the shapes, fastreg's speed over the other's:\n\n{means(document)}\n\n"
-        f"<details><summary>{how}</summary>\n\n{cases(document)}\n\n{untimed}\n</details>\n\n"
+        "Geometric means over the shapes, fastreg's speed over the other's; GB/s is the op's minimum traffic over the "
+        "time, its share that of a copy of the input in the same rounds:\n\n"
+        f"{means(document)}\n\n{details(document)}\n{untimed}\n"
         f"What a call costs the host:\n\n{host(document)}\n"
     )
 

@@ -180,7 +180,7 @@ struct VectorView {
   DType dtype = DType::Float32;
 };
 
-inline VectorView vector_view(const Tensor& tensor, int64_t elements, const RowView& input, const char* op,
+inline VectorView vector_view(const Tensor& tensor, int64_t elements, const Device& device, const char* op,
                               const char* name) {
   VectorView view;
   view.given = true;
@@ -196,7 +196,7 @@ inline VectorView vector_view(const Tensor& tensor, int64_t elements, const RowV
   if (!contiguous) {
     fail(op, name, " must be contiguous.");
   }
-  if (!(device_of(tensor, op) == input.device)) {
+  if (!(device_of(tensor, op) == device)) {
     fail(op, name, " must be on input's device.");
   }
   return view;
@@ -209,7 +209,7 @@ inline VectorView parameter_view(const std::optional<Tensor>& tensor, const RowV
   if (!tensor.has_value()) {
     return {};
   }
-  const VectorView view = vector_view(*tensor, input.hidden, input, op, name);
+  const VectorView view = vector_view(*tensor, input.hidden, input.device, op, name);
   if ((view.dtype == DType::Float64) != (input.dtype == DType::Float64)) {
     fail(op, name, " is ", name_of(view.dtype), " but input is ", name_of(input.dtype),
          "; float64 mixes with no other dtype.");
@@ -219,7 +219,7 @@ inline VectorView parameter_view(const std::optional<Tensor>& tensor, const RowV
 
 inline VectorView statistics_view(const Tensor& tensor, int64_t values_per_row, const RowView& input,
                                   const char* op) {
-  const VectorView view = vector_view(tensor, values_per_row * input.rows, input, op, "statistics");
+  const VectorView view = vector_view(tensor, values_per_row * input.rows, input.device, op, "statistics");
   if (view.dtype != accumulation_dtype(input.dtype)) {
     fail(op, "statistics must be ", name_of(accumulation_dtype(input.dtype)), ".");
   }

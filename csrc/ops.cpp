@@ -18,6 +18,29 @@ STABLE_TORCH_LIBRARY(fastreg_native, m) {
       "rms_norm_bwd(Tensor grad_output, Tensor input, int normalized_ndim, Tensor statistics, Tensor? "
       "weight, "
       "bool[2] output_mask) -> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_fwd(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, float momentum, float eps, int activation, float negative_slope, bool "
+      "skip_nonfinite, bool keep_signs) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor running_mean, "
+      "Tensor running_var, float eps, int activation, float negative_slope, bool keep_signs) -> (Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "batch_norm_bwd(Tensor grad_output, Tensor input, Tensor? residual, Tensor? signs, Tensor statistics, "
+      "Tensor? weight, Tensor? bias, bool training, int activation, float negative_slope, bool[4] "
+      "output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("batch_norm_moments(Tensor input) -> Tensor");
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor statistics, int "
+      "activation, float negative_slope, bool keep_signs) -> (Tensor, Tensor)");
+  m.def(
+      "batch_norm_sums(Tensor grad_output, Tensor input, Tensor? residual, Tensor? signs, Tensor statistics, "
+      "Tensor? weight, Tensor? bias, int activation, float negative_slope) -> Tensor");
+  m.def(
+      "batch_norm_bwd_apply(Tensor grad_output, Tensor input, Tensor? residual, Tensor? signs, Tensor "
+      "statistics, Tensor? weight, Tensor? bias, Tensor? means, int activation, float negative_slope, bool[2] "
+      "output_mask) -> (Tensor, Tensor)");
   m.def("simd() -> str");
   m.def("set_simd(str name) -> ()");
   m.def("empty_cache() -> ()");

@@ -5,22 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastreg import nn
+from fastreg.fuse import fuse as fuse_model
+from fastreg.fuse.classes import ORIGINAL, original_class, restore
 from fastreg.nn import external
+from fastreg.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct2d
 
 Selector = str | type[torch.nn.Module] | Callable[[str, torch.nn.Module], bool]
 
 _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
+    torch.nn.BatchNorm1d: nn.BatchNorm1d,
+    torch.nn.BatchNorm2d: nn.BatchNorm2d,
+    torch.nn.BatchNorm3d: nn.BatchNorm3d,
+    torch.nn.SyncBatchNorm: SyncBatchNorm,
 }
-_OURS = frozenset(_REPLACEMENTS.values())
+_OURS = frozenset((*_REPLACEMENTS.values(), nn.BatchNormAct2d, SyncBatchNormAct2d))
 
-# Where convert leaves the class that a module had, so that revert finds it after a deepcopy or a pickle too.
-_ORIGINAL = "_fastreg_original_class"
+_SYNCHRONISED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    **dict.fromkeys(
+        (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm),
+        SyncBatchNorm,
+    ),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm),
+    nn.BatchNormAct2d: SyncBatchNormAct2d,
+}
 
 
 @dataclass(frozen=True)
@@ -41,24 +57,56 @@ class Kept:
     reason: str
 
 
+@dataclass(frozen=True)
+class Fused:
+    """A norm that runs in one kernel with what follows it: its name, and what that is (``"norm + add + relu"``)."""
+
+    name: str
+    what: str
+
+
 @dataclass
 class Report:
-    """What ``convert`` or ``revert`` did: ``str(report)`` is readable, the lists are for programs."""
+    """What ``convert`` or ``revert`` did: ``str(report)`` is readable, the lists are for programs.
+
+    Attributes:
+        fused, alone: with ``fuse=True``, the norms that are one kernel with what follows them, and those that are not.
+    """
 
     replaced: list[Replaced] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    fused: list[Fused] = field(default_factory=list)
+    alone: list[Kept] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} module(s) replaced, {len(self.kept)} kept"]
-        counts: dict[tuple[str, str], list[str]] = {}
-        for item in self.replaced:
-            counts.setdefault((item.before, item.after), []).append(item.name or "(the model itself)")
-        for (before, after), names in counts.items():
-            lines.append(f"  {len(names):4d} x {before} -> {after}: {_shorten(names)}")
+        fused = f", {len(self.fused)} fused with what follows" if self.fused or self.alone else ""
+        lines = [f"{len(self.replaced)} module(s) replaced, {len(self.kept)} kept{fused}"]
+        lines.extend(
+            f"  {len(names):4d} x {change}: {_shorten(names)}"
+            for change, names in _by(
+                [(f"{each.before} -> {each.after}", each.name) for each in self.replaced]
+            )
+        )
         lines.extend(
             f"  kept {kept.name or '(the model itself)'} ({kept.kind}): {kept.reason}" for kept in self.kept
         )
+        lines.extend(
+            f"  {len(names):4d} x {what} in one kernel: {_shorten(names)}"
+            for what, names in _by([(item.what, item.name) for item in self.fused])
+        )
+        lines.extend(
+            f"  {len(names):4d} x norm alone, {reason}: {_shorten(names)}"
+            for reason, names in _by([(item.reason, item.name) for item in self.alone])
+        )
         return "\n".join(lines)
+
+
+def _by(pairs: list[tuple[str, str]]) -> Iterable[tuple[str, list[str]]]:
+    """The names of each text, which is their first half."""
+    found: dict[str, list[str]] = {}
+    for text, name in pairs:
+        found.setdefault(text, []).append(name or "(the model itself)")
+    return found.items()
 
 
 def _shorten(names: list[str], most: int = 4) -> str:
@@ -71,6 +119,9 @@ def convert(
     *,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    fuse: bool = False,
+    sync: bool = False,
+    process_group: Any = None,
 ) -> Report:
     """Replace the normalisation layers of ``model``, in place, by fastreg's.
 
@@ -78,48 +129,72 @@ def convert(
     dict keys, optimisers that hold its parameters and references from elsewhere all stay as they are. Numbers change by
     no more than the rounding of the dtype. ``revert(model)`` undoes it.
 
-    Replaced are ``torch.nn.LayerNorm`` and ``torch.nn.RMSNorm``, torchvision's ``LayerNorm2d``, and timm's
-    ``LayerNorm``, ``LayerNorm2d``, ``RmsNorm`` and ``RmsNorm2d``: exactly these types, since a subclass may compute
-    something else.
+    Replaced are ``torch.nn.LayerNorm``, ``RMSNorm``, ``BatchNorm1d``, ``BatchNorm2d``, ``BatchNorm3d`` and
+    ``SyncBatchNorm``, torchvision's ``LayerNorm2d`` and ``FrozenBatchNorm2d``, and timm's ``LayerNorm``,
+    ``LayerNorm2d``, ``RmsNorm``, ``RmsNorm2d``, ``BatchNormAct2d`` and ``SyncBatchNormAct``: exactly these types, since
+    a subclass may compute something else.
+
+    With ``fuse=True`` a batch norm runs in one kernel with the addition and the activation behind it, wherever
+    ``torch.fx`` shows them. The module whose forward calls them gets a class derived from its own, with a new forward;
+    the norm, the activation and all names stay. A hook that is registered later on the norm or the activation, an
+    argument that is not a tensor, or a residual of another shape or dtype is noticed in the call, which then runs what
+    the model has; a forward that does what a graph does not show (a ``with`` block, say) is not touched. Revert such a
+    model before ``torch.jit.script``.
 
     Args:
         model: any module; it may itself be a layer that is replaced.
-        include: what to replace; None for everything known. A selector is a module type, a pattern of names
-            (``"encoder.*"``, as in fnmatch), or a function of (name, module); one or several.
-        exclude: what to leave alone, likewise; it wins over ``include``.
+        include: what to replace, and which norms to fuse; None for everything known. A selector is a module type, a
+            pattern of names (``"encoder.*"``, as in fnmatch), or a function of (name, module); one or several.
+        exclude: what to leave alone, likewise; it wins over ``include``. With ``fuse`` also activations, and modules
+            whose forward is to stay.
+        fuse: also merge norm + activation, norm + add and norm + add + activation.
+        sync: make every batch norm, torch's and fastreg's, a ``fastreg.nn.SyncBatchNorm``.
+        process_group: with ``sync``, whose processes share their statistics; None: all of them.
 
     Returns:
-        A report of what was replaced and of the normalisation layers that were not, each with the reason.
+        A report of what was replaced and of the normalisation layers that were not, each with the reason; and of what
+        was fused.
 
     Raises:
         TypeError: model is not a module, or a selector is none of the three kinds.
     """
     _check_module(model, "convert")
     included, excluded = _selectors(include), _selectors(exclude)
+
+    def is_included(name: str, module: torch.nn.Module) -> bool:
+        return included is None or _matches(included, name, module)
+
+    def is_excluded(name: str, module: torch.nn.Module) -> bool:
+        return excluded is not None and _matches(excluded, name, module)
+
     report = Report()
     for name, module in model.named_modules():
         kind = type(module)
-        target = _REPLACEMENTS.get(kind) or external.replacement(kind)
+        target = _target(kind, sync)
         reason = None
         if target is None:
             reason = _why_unknown(module)
-        elif included is not None and not _matches(included, name, module):
+        elif not is_included(name, module):
             reason = "not selected by include"
-        elif excluded is not None and _matches(excluded, name, module):
+        elif is_excluded(name, module):
             reason = "excluded"
         elif "forward" in vars(module):
             reason = "its forward was replaced on the instance"
         if reason is not None:
             report.kept.append(Kept(name, _class_name(kind), reason))
         elif target is not None:
-            setattr(module, _ORIGINAL, kind)
-            module.__class__ = target
+            _replace(module, target, process_group)
             report.replaced.append(Replaced(name, _class_name(kind), _class_name(target)))
+    if fuse:
+        found = fuse_model(model, is_included, is_excluded)
+        report.fused = [Fused(name, what) for name, what in found.fused.items()]
+        kinds = {name: type(module) for name, module in model.named_modules()}
+        report.alone = [Kept(name, _class_name(kinds[name]), why) for name, why in found.alone.items()]
     return report
 
 
 def revert(model: torch.nn.Module) -> Report:
-    """Undo ``convert``, in place: every layer that it replaced gets its own class back.
+    """Undo ``convert``, in place: every layer that it replaced and every module that it fused gets its class back.
 
     Layers that were built as fastreg's own are left alone.
 
@@ -132,23 +207,43 @@ def revert(model: torch.nn.Module) -> Report:
     _check_module(model, "revert")
     report = Report()
     for name, module in model.named_modules():
-        original = vars(module).get(_ORIGINAL)
-        if original is None:
+        if ORIGINAL not in vars(module):
             continue
-        report.replaced.append(Replaced(name, _class_name(type(module)), _class_name(original)))
-        module.__class__ = original
-        delattr(module, _ORIGINAL)
+        before, synchronised = type(module), isinstance(module, torch.nn.SyncBatchNorm)
+        restore(module)
+        if synchronised and not isinstance(module, torch.nn.SyncBatchNorm):
+            vars(module).pop("process_group", None)
+        report.replaced.append(Replaced(name, _class_name(before), _class_name(type(module))))
     return report
+
+
+def _target(kind: type[torch.nn.Module], sync: bool) -> type[torch.nn.Module] | None:
+    """The class that takes the place of one; None where there is none."""
+    found = _SYNCHRONISED.get(kind) if sync else None
+    return found or _REPLACEMENTS.get(kind) or external.replacement(kind)
+
+
+def _replace(module: torch.nn.Module, target: type[torch.nn.Module], process_group: Any) -> None:
+    # A layer that convert has replaced before keeps the class that it had at first.
+    vars(module).setdefault(ORIGINAL, type(module))
+    if issubclass(target, torch.nn.SyncBatchNorm) and not isinstance(module, torch.nn.SyncBatchNorm):
+        vars(module)["process_group"] = process_group
+    module.__class__ = target
 
 
 def _why_unknown(module: torch.nn.Module) -> str | None:
     """Why a layer that looks like one of ours was not replaced; None for layers that convert has no say in."""
     kind = type(module)
-    if kind in _OURS or _ORIGINAL in vars(module):
+    if original_class(module) is not None:
+        return None
+    if kind in _OURS or ORIGINAL in vars(module):
         return "already fastreg's"
     if isinstance(module, torch.jit.ScriptModule):
-        name = getattr(module, "original_name", "")
-        return "scripted: convert before torch.jit.script" if name in ("LayerNorm", "RMSNorm") else None
+        known_names = {known.__name__ for known in _REPLACEMENTS}
+        scripted = getattr(module, "original_name", "") in known_names
+        return "scripted: convert before torch.jit.script" if scripted else None
+    if isinstance(module, _BatchNorm) and isinstance(module, LazyModuleMixin):
+        return "lazy: run a batch through the model first"
     for known in _REPLACEMENTS:
         if isinstance(module, known):
             return f"a subclass of {_class_name(known)}, which may compute something else"

@@ -56,7 +56,7 @@ class Case:
     """Everything that decides one run of an op.
 
     Attributes:
-        layout, grad_layout, parameter_layout: names in ``LAYOUTS``.
+        layout, grad_layout, companion_layout, parameter_layout: names in the op's layouts.
         data: a name in ``DATA``.
         wanted: the tensors whose gradient is asked for.
         arguments: the non-tensor arguments, those of the size included.
@@ -70,12 +70,14 @@ class Case:
     data: str = "plain"
     wanted: tuple[str, ...] = ("input", "weight", "bias")
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    companion_layout: str = "contiguous"
 
     def __str__(self) -> str:
         wanted = "".join(name[0] for name in self.wanted) or "none"
         options = "".join(f"-{name}={value}" for name, value in self.arguments.items())
+        companion = "" if self.companion_layout == "contiguous" else f"-r_{self.companion_layout}"
         return (
-            f"{self.size}-{self.mix}-{self.layout}-dy_{self.grad_layout}-w_{self.parameter_layout}"
+            f"{self.size}-{self.mix}-{self.layout}-dy_{self.grad_layout}{companion}-w_{self.parameter_layout}"
             f"-{self.data}-d_{wanted}{options}"
         )
 
@@ -157,6 +159,33 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sliced": lambda values: _sliced(values, 8, 8),
     "sliced_odd": lambda values: _sliced(values, 1, 2),
     "rows": _every_second_row,
+    "columns": _every_second_column,
+    "transposed": _transposed,
+    "expanded": _first_row_expanded,
+    "scalar": _scalar_expanded,
+}
+
+
+def _channels_last(values: torch.Tensor, place: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Channels adjacent, where ``place`` puts them."""
+    return place(values.movedim(1, -1).contiguous()).movedim(-1, 1)
+
+
+def _slice_of_channels(values: torch.Tensor) -> torch.Tensor:
+    wide = _surrounded((values.shape[0], 3 + values.shape[1] + 2, *values.shape[2:]), values)
+    return wide[:, 3 : 3 + values.shape[1]].copy_(values)
+
+
+# What norms over channels read in place, and what they copy: transposed, and every second column.
+CHANNEL_LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda values: values,
+    "channels_last": lambda values: _channels_last(values, lambda rows: rows),
+    "unaligned": _offset,
+    "channels_last_unaligned": lambda values: _channels_last(values, _offset),
+    "channels": _slice_of_channels,
+    "channels_last_channels": lambda values: _channels_last(values, lambda rows: _sliced(rows, 8, 8)),
+    "channels_last_odd": lambda values: _channels_last(values, lambda rows: _sliced(rows, 1, 2)),
+    "samples": _every_second_row,
     "columns": _every_second_column,
     "transposed": _transposed,
     "expanded": _first_row_expanded,

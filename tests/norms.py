@@ -157,6 +157,16 @@ def _rms_norm_backward(case: Case, tensors: Tensors, saved: torch.Tensor) -> tup
     return grad_output, input, ndim, saved, weight
 
 
+def _of_rows(rows: int, columns: int) -> Size:
+    return _size((rows,), (columns,))
+
+
+def _over_the_last_dimension(
+    function: Any, input: torch.Tensor, *parameters: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    return function(input, input.shape[-1:], *parameters, **options)  # type: ignore[no-any-return]
+
+
 def _parts(saved: torch.Tensor, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     parts = saved.unbind(0) if len(names) > 1 else (saved,)
     return dict(zip(names, parts, strict=True))
@@ -185,6 +195,8 @@ LAYER_NORM = OpSpec(
     forward=_layer_norm_forward,
     backward=_layer_norm_backward,
     split_saved=lambda saved: _parts(saved, ("mean", "rstd")),
+    size=_of_rows,
+    call=_over_the_last_dimension,
 )
 
 RMS_NORM = OpSpec(
@@ -207,4 +219,6 @@ RMS_NORM = OpSpec(
     forward=_rms_norm_forward,
     backward=_rms_norm_backward,
     split_saved=lambda saved: _parts(saved, ("rstd",)),
+    size=_of_rows,
+    call=_over_the_last_dimension,
 )

@@ -8,9 +8,9 @@ values, and it is what the deliberately wrong implementations under mutants/ mus
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,10 @@ from criterion import Exact, Rejected, check
 Tensors = dict[str, torch.Tensor | None]
 
 
+def _contiguous(name: str, result: torch.Tensor, tensors: Tensors) -> bool:
+    return name not in ("output", "grad_input") or result.is_contiguous()
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """What the suite needs to know about an op.
@@ -29,13 +33,24 @@ class OpSpec:
     Attributes:
         name: the op, which is also its name in ``fastreg.functional`` and the file stem.
         parameters: the learnable tensors, in the order of the operators' arguments.
-        sizes, mixes, options: the levels that ``cases`` covers; a mix has one dtype for the input and each parameter.
-        parameter_shape: the shape of a parameter in a case.
-        exact: the exact values of "output", of "saved", a tuple of parts that the operator saves for backward, and of
-            "grad_<name>" for the input and each parameter.
-        forward: (case, tensors) to the arguments of ``fastreg::<name>_fwd``, laid out as that operator requires.
+        sizes, mixes, options: the levels that ``cases`` covers; a mix has one dtype for the input, each companion,
+            parameter and buffer.
+        parameter_shape: the shape of a parameter or buffer in a case.
+        exact: the exact values of "output", of the parts of what the operator saves for backward, of the buffers
+            afterwards, and of "grad_<name>" for the input, each companion and each parameter.
+        forward: (case, tensors) to the arguments of the forward operator, laid out as that operator requires.
         backward: (case, tensors, saved) to the arguments of ``fastreg::<name>_bwd`` without the mask.
-        split_saved: the saved tensor as the parts that ``exact`` describes, by name.
+        split_saved: what was saved as the parts that ``exact`` describes, by name.
+        size: (rows, columns) to a two-dimensional size with columns parameters.
+        call: (function, input, parameters in order, options) to the function over the input's last dimension.
+        companions: other inputs of the input's shape, differentiable as it is.
+        buffers: tensors shaped as a parameter that a forward may change.
+        layouts: the layouts that ``cases`` covers.
+        wanted: the sets of gradients that ``cases`` covers; all if None.
+        direction: (case) to the suffix of the forward operator's name.
+        passed_on: (case) to the tensors whose gradient is grad_output itself, which no operator is asked for.
+        laid_out: (name, result, tensors) to whether a result lies in memory as it must.
+        sensible: a case to the nearest one that means something.
     """
 
     name: str
@@ -46,8 +61,18 @@ class OpSpec:
     parameter_shape: Callable[[Case], tuple[int, ...]]
     exact: Callable[[Case, Tensors], dict[str, Exact]]
     forward: Callable[[Case, Tensors], tuple[Any, ...]]
-    backward: Callable[[Case, Tensors, torch.Tensor], tuple[Any, ...]]
-    split_saved: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    backward: Callable[[Case, Tensors, Any], tuple[Any, ...]]
+    split_saved: Callable[[Any], dict[str, torch.Tensor]]
+    size: Callable[[int, int], Size]
+    call: Callable[..., torch.Tensor]
+    companions: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    layouts: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=lambda: LAYOUTS)
+    wanted: Sequence[tuple[str, ...]] | None = None
+    direction: Callable[[Case], str] = lambda case: "fwd"
+    passed_on: Callable[[Case], Collection[str]] = lambda case: ()
+    laid_out: Callable[[str, torch.Tensor, Tensors], bool] = _contiguous
+    sensible: Callable[[Case], Case] = lambda case: case
 
     @property
     def function(self) -> Callable[..., torch.Tensor]:
@@ -59,7 +84,11 @@ class OpSpec:
 
     @property
     def differentiable(self) -> tuple[str, ...]:
-        return ("input", *self.parameters)
+        return ("input", *self.companions, *self.parameters)
+
+    def mix(self, dtype: torch.dtype) -> Mix:
+        """One dtype for everything."""
+        return Mix((dtype,) * (len(self.differentiable) + len(self.buffers)))
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
@@ -76,24 +105,28 @@ def cases(spec: OpSpec, sparse: bool = False) -> list[Case]:
     gradients by chance only, which more than halves the number of cases; all other pairs still occur.
     """
     by_chance = [("size", name) for name in ("mix", "layout", "grad_layout", "wanted")]
-    choices = covering(
-        {
-            "size": spec.sizes,
-            "mix": spec.mixes,
-            "layout": [name for name in LAYOUTS if name != "scalar"],
-            "grad_layout": list(LAYOUTS),
-            "parameter_layout": ("contiguous", "unaligned", "columns"),
-            "data": list(DATA),
-            "wanted": subsets(spec.differentiable),
-            "arguments": spec.options,
-        },
-        apart=by_chance if sparse else (),
-    )
+    input_layouts = [name for name in spec.layouts if name != "scalar"]
+    factors = {
+        "size": spec.sizes,
+        "mix": spec.mixes,
+        "layout": input_layouts,
+        "grad_layout": list(spec.layouts),
+        "parameter_layout": ("contiguous", "unaligned", "columns"),
+        "data": list(DATA),
+        "wanted": spec.wanted or subsets(spec.differentiable),
+        "arguments": spec.options,
+    }
+    if spec.companions:
+        factors["companion_layout"] = input_layouts
+        by_chance.append(("size", "companion_layout"))
+    choices = covering(factors, apart=by_chance if sparse else ())
     chosen = [
-        Case(**{**choice, "arguments": {**choice["size"].arguments, **choice["arguments"]}})
+        spec.sensible(Case(**{**choice, "arguments": {**choice["size"].arguments, **choice["arguments"]}}))
         for choice in choices
     ]
-    return [plain_case(spec, size, spec.mixes[0]) for size in spec.sizes] + chosen
+    plain = [plain_case(spec, size, spec.mixes[0]) for size in spec.sizes]
+    # By name, since two cases may have the same sensible one.
+    return list({str(case): case for case in plain + chosen}.values())
 
 
 def plain_case(spec: OpSpec, size: Size, mix: Mix, **changes: Any) -> Case:
@@ -113,12 +146,22 @@ def make_tensors(spec: OpSpec, case: Case, device: str = "cpu") -> Tensors:
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype, data: str, layout: str) -> torch.Tensor:
         values = DATA[data](shape, dtype, generator).to(dtype)
-        return LAYOUTS[layout](values.to(device))
+        return spec.layouts[layout](values.to(device))
 
     tensors: Tensors = {"input": draw(case.size.shape, case.mix.input, case.data, case.layout)}
-    for name, dtype in zip(spec.parameters, case.mix.dtypes[1:], strict=True):
-        shape = spec.parameter_shape(case)
-        tensors[name] = None if dtype is None else draw(shape, dtype, "plain", case.parameter_layout)
+    others = (*spec.companions, *spec.parameters, *spec.buffers)
+    for name, dtype in zip(others, case.mix.dtypes[1:], strict=True):
+        if dtype is None:
+            tensors[name] = None
+        elif name in spec.companions:
+            tensors[name] = draw(case.size.shape, dtype, "plain", case.companion_layout)
+        else:
+            # A running mean is of the size of the input's.
+            data = case.data if name.endswith("mean") else "plain"
+            values = DATA[data](spec.parameter_shape(case), dtype, generator).to(dtype)
+            layout = LAYOUTS[case.parameter_layout]
+            # A variance is positive.
+            tensors[name] = layout((values.abs() + 0.1 if name.endswith("var") else values).to(device))
     tensors["grad_output"] = draw(case.size.shape, case.mix.input, "plain", case.grad_layout)
     return tensors
 
@@ -134,8 +177,9 @@ def run(spec: OpSpec, case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
     for name in spec.differentiable:
         tensor = tensors[name]
         leaves[name] = None if tensor is None else tensor.detach().requires_grad_(name in wanted)
-    output = spec.function(**leaves, **case.arguments)
-    results = {"output": output.detach()}
+    with buffers_restored(spec, tensors) as after:
+        output = spec.function(**leaves, **{name: tensors[name] for name in spec.buffers}, **case.arguments)
+    results = {"output": output.detach(), **after}
     if output.requires_grad != bool(wanted):
         raise Rejected(
             f"output.requires_grad is {output.requires_grad} where gradients are asked for {wanted}"
@@ -146,13 +190,36 @@ def run(spec: OpSpec, case: Case, tensors: Tensors) -> dict[str, torch.Tensor]:
     return results
 
 
-def run_operators(spec: OpSpec, case: Case, tensors: Tensors) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """What the operators ``fastreg::`` return for the case's mask: results named as in ``run``, and what was saved."""
+@contextmanager
+def buffers_restored(spec: OpSpec, tensors: Tensors) -> Iterator[dict[str, torch.Tensor]]:
+    """Afterwards the buffers hold what they held before; what they held in between is in the dictionary."""
+    given = {name: buffer for name in spec.buffers if (buffer := tensors[name]) is not None}
+    before = {name: buffer.clone() for name, buffer in given.items()}
+    after: dict[str, torch.Tensor] = {}
+    try:
+        yield after
+    finally:
+        for name, buffer in given.items():
+            after[name] = buffer.clone()
+            buffer.copy_(before[name])
+
+
+def run_operators(spec: OpSpec, case: Case, tensors: Tensors) -> tuple[dict[str, torch.Tensor], Any]:
+    """What the operators ``fastreg::`` return for the case's mask: results named as in ``run``, and what was saved.
+
+    That is one tensor, or a list of them if the forward operator returns more than one beside the output.
+    """
     namespace = torch.ops.fastreg
-    output, saved = getattr(namespace, f"{spec.name}_fwd")(*spec.forward(case, tensors))
-    results = {"output": output}
-    wanted = wanted_names(case, tensors)
-    mask = [name in wanted for name in spec.differentiable]
+    forward = getattr(namespace, f"{spec.name}_{spec.direction(case)}")
+    buffers = {name: buffer.contiguous() for name in spec.buffers if (buffer := tensors[name]) is not None}
+    given: Tensors = {**tensors, **buffers}
+    with buffers_restored(spec, given) as after:
+        output, *saved = forward(*spec.forward(case, given))
+    saved = saved[0] if len(saved) == 1 else saved
+    results = {"output": output, **after}
+    wanted, passed_on = wanted_names(case, tensors), spec.passed_on(case)
+    results.update({f"grad_{name}": tensors["grad_output"] for name in passed_on if name in wanted})  # type: ignore[misc]
+    mask = [name in wanted and name not in passed_on for name in spec.differentiable]
     gradients = getattr(namespace, f"{spec.name}_bwd")(*spec.backward(case, tensors, saved), mask)
     for name, asked, gradient in zip(spec.differentiable, mask, gradients, strict=True):
         if asked:
@@ -190,8 +257,8 @@ def check_tensors(spec: OpSpec, case: Case, tensors: Tensors) -> None:
             raise Rejected(f"{name} was written to")
     for name, result in results.items():
         check(name, result, exact[name])
-        if name in ("output", "grad_input") and not result.is_contiguous():
-            raise Rejected(f"{name} is not contiguous: strides {result.stride()}")
+        if not spec.laid_out(name, result, tensors):
+            raise Rejected(f"{name} is not laid out as it should be: strides {result.stride()}")
         # The operators are the second run of the same kernels on the same tensors.
         if not same_bits(result, raw[name]):
             raise Rejected(f"{name} differs between two runs")

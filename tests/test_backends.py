@@ -7,29 +7,32 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import fastreg
+from channel_norms import BATCH_NORM
 from fastreg import backends
 from mutants.right import RightNorm
+from mutants.right_batch_norm import RightBatchNorm
 from specs import SPECS
-from suite import OpSpec
+from suite import OpSpec, make_tensors, plain_case, run
 
 pytestmark = pytest.mark.backend_independent
 
 
-class Recorder(RightNorm):
+class Recorder:
     """A right backend that notes which of its operators ran, with the mask of a backward."""
 
     def __init__(self, op: str, calls: list[tuple[str, Any]]) -> None:
-        super().__init__(op)
+        self.right = RightBatchNorm(op) if op == BATCH_NORM.name else RightNorm(op)
         self.calls = calls
 
     def operator(self, name: str) -> Any:
-        right = super().operator(name)
+        right = self.right.operator(name)
 
         def run(*arguments: Any) -> Any:
             self.calls.append((name, tuple(arguments[-1]) if name.endswith("_bwd") else None))
@@ -110,11 +113,12 @@ def test_the_environment_variable_asks_for_a_backend() -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_a_named_backend_that_cannot_serve_says_why_and_what_helps(spec: OpSpec) -> None:
+    arguments = "None, None, training=True" if spec is BATCH_NORM else "(3,)"
     code = f"""
 import fastreg, torch
 fastreg.backends.use("triton")
 try:
-    fastreg.functional.{spec.name}(torch.ones(2, 3), (3,))
+    fastreg.functional.{spec.name}(torch.ones(2, 3), {arguments})
 except fastreg.backends.BackendUnavailable as error:
     print(error)
 """
@@ -127,7 +131,7 @@ except fastreg.backends.BackendUnavailable as error:
 def test_a_device_without_kernels_gets_the_reference(spec: OpSpec) -> None:
     assert backends.available("xpu", op=spec.name) == ("reference",)
     assert "reference (first choice available on xpu)" in backends.explain(spec.name, device_type="xpu")
-    output = spec.function(torch.ones(2, 3, device="meta"), (3,))
+    output = spec.call(spec.function, torch.ones(2, 3, device="meta"))
     assert (output.device.type, output.shape, output.stride()) == ("meta", (2, 3), (3, 1))
 
 
@@ -170,7 +174,7 @@ def test_a_failing_backend_is_not_replaced_by_another(spec: OpSpec, monkeypatch:
     monkeypatch.setattr(backends, "implementation", implementation)
     backends.use("reference")
     with pytest.raises(ArithmeticError, match=f"{spec.name}_fwd failed"):
-        spec.function(torch.ones(2, 3), (3,))
+        spec.call(spec.function, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -179,7 +183,7 @@ def test_backward_runs_where_its_forward_ran(spec: OpSpec) -> None:
     second, second_calls = recording_backend()
     input = torch.randn(4, 5, requires_grad=True)
     with backends.use(first):
-        output = spec.function(input, (5,))
+        output = spec.call(spec.function, input)
     with backends.use(second):
         output.sum().backward()
     assert [name for name, _ in first_calls] == [f"{spec.name}_fwd", f"{spec.name}_bwd"]
@@ -190,20 +194,16 @@ def test_backward_runs_where_its_forward_ran(spec: OpSpec) -> None:
 def test_only_wanted_gradients_are_asked_for(spec: OpSpec) -> None:
     for wanted in itertools.product((True, False), repeat=len(spec.differentiable)):
         name, calls = recording_backend()
-        leaves = {
-            each: torch.randn((4, 5) if each == "input" else (5,), requires_grad=flag)
-            for each, flag in zip(spec.differentiable, wanted, strict=True)
-        }
+        case = plain_case(spec, spec.size(4, 5), spec.mix(torch.float32))
+        asked = tuple(each for each, flag in zip(spec.differentiable, wanted, strict=True) if flag)
+        case = replace(case, wanted=asked)
         with backends.use(name):
-            output = spec.function(**leaves, normalized_shape=(5,))
-            if any(wanted):
-                output.sum().backward()
+            results = run(spec, case, make_tensors(spec, case))
         expected: list[tuple[str, Any]] = [(f"{spec.name}_fwd", None)]
         if any(wanted):
             expected.append((f"{spec.name}_bwd", wanted))
         assert calls == expected
-        for each, flag in zip(spec.differentiable, wanted, strict=True):
-            assert (leaves[each].grad is not None) == flag
+        assert {each for each in results if each.startswith("grad_")} == {f"grad_{each}" for each in asked}
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -211,7 +211,7 @@ def test_one_operator_a_direction(spec: OpSpec) -> None:
     """A call crosses the dispatcher once a direction, and a constant is not differentiated."""
     input = torch.randn(4, 5, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        spec.function(input, (5,)).backward(torch.randn(4, 5))
+        spec.call(spec.function, input).backward(torch.randn(4, 5))
     names = [event.key for event in profile.key_averages() if event.key.startswith("fastreg")]
     counts = {event.key: event.count for event in profile.key_averages() if event.key.startswith("fastreg")}
     assert len(names) == 2, counts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +19,28 @@ import torch
 from rich.console import Console
 
 from bench import harness, report
+from bench.gpu import timing as gpu_timing
+from fastreg import backends, functional
 from fastreg.cli import bench, benchmark, gate, host, machine, measure, summary, timing, workloads
-from fastreg.cli.measure import COPY, Case
-from fastreg.cli.providers import EAGER, Provider
-from fastreg.cli.workloads import BACKWARD, BOTH, DIRECTIONS, FORWARD, Problem
+from fastreg.cli.measure import COPY
+from fastreg.cli.providers import EAGER, Provider, providers_for
+from fastreg.cli.workloads import BACKWARD, BOTH, DIRECTIONS, FORWARD, Case, Problem, batch_norm
 from fastreg.cli.workloads.layer_norm import bytes_moved
 
 pytestmark = pytest.mark.backend_independent
 
 CPU = torch.device("cpu")
-SMALL = Case("layer_norm", 5, 33, torch.float32)
+CHAIN = Case("batch_norm", (4, 8, 3, 5), torch.float32, "channels_last", "add+relu")
+SMALL = Case("layer_norm", (5, 33), torch.float32)
+# A case of every op, and of batch norm in every chain and layout that is checked.
+KINDS = [
+    ("layer_norm", (40, 129), "", ""),
+    ("rms_norm", (40, 129), "", ""),
+    *(
+        ("batch_norm", (6, 19, 5, 7), layout, chain)
+        for layout, chain in dict.fromkeys((layout, chain) for _, layout, chain in batch_norm.CHECKS)
+    ),
+]
 
 
 def eager_and(name: str, function: Any) -> Any:
@@ -50,32 +65,36 @@ def quick(
 # --- the gate ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", workloads.names())
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(
     ("precision", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float64, 1e-12)], ids=str
 )
 def test_gate_accepts_the_formula_and_finds_one_wrong_element(
-    op: str, precision: torch.dtype, error: float
+    kind: tuple[str, tuple[int, ...], str, str], precision: torch.dtype, error: float
 ) -> None:
-    problem = Case(op, 40, 129, precision).problem(CPU)
+    op, shape, layout, chain = kind
+    problem = Case(op, shape, precision, layout, chain).problem(CPU, precision)
     # In float64 torch is exact to a few roundings; rounding that to the dtype is the best a backend can do.
-    exact = Case(op, 40, 129, torch.float64).problem(CPU)
-    for tensor, rounded in zip(exact.arguments.values(), problem.arguments.values(), strict=True):
-        tensor.data.copy_(rounded)
+    exact = Case(op, shape, torch.float64, layout, chain).problem(CPU)
+    for mine, given in ((exact.arguments, problem.arguments), (exact.buffers, problem.buffers)):
+        for tensor, rounded in zip(mine.values(), given.values(), strict=True):
+            tensor.data.copy_(rounded)
     exact.grad_output.copy_(problem.grad_output)
     results = {name: tensor.to(precision) for name, tensor in exact.results(exact.torch_function).items()}
+    assert set(results) == {found.name for found in problem.truth()}
     assert gate.judge({"": results}, problem.truth())[""].refusal(peer=False) is None
 
     for name in results:
         spoilt = {**results, name: results[name].clone()}
-        spoilt[name].view(-1)[-1] += error * spoilt[name].abs().max()
+        last = tuple(size - 1 for size in spoilt[name].shape)
+        spoilt[name][last] += error * spoilt[name].abs().max()
         refusal = gate.judge({"": spoilt}, problem.truth())[""].refusal(peer=False)
         assert refusal is not None, name
         assert refusal.startswith(name)
 
 
 def test_gate_allows_peers_their_own_rounding_but_no_other_function() -> None:
-    problem = Case("layer_norm", 300, 64, torch.bfloat16).problem(CPU)
+    problem = Case("layer_norm", (300, 64), torch.bfloat16).problem(CPU)
     results = problem.results(problem.torch_function)
     # torch's own half-precision gradients are beyond the budget and within the allowance.
     assert gate.judge({"": results}, problem.truth())[""].refusal(peer=True) is None
@@ -91,6 +110,68 @@ def test_gate_takes_not_a_number_and_a_wrong_shape_for_wrong() -> None:
         found = gate.judge({"": {**results, "grad_bias": wrong}}, problem.truth())[""]
         assert found.budget_used == math.inf
         assert found.worst == "grad_bias"
+
+
+@pytest.mark.parametrize("layout", batch_norm.LAYOUTS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"eps": 2e-5},
+        {"momentum": 0.11},
+        {"activation": "identity"},
+        {"activation": "leaky_relu", "negative_slope": 1e-3},
+        {"residual": None},
+        {"training": False},
+    ],
+    ids=str,
+)
+def test_gate_finds_a_wrong_batch_norm(layout: str, wrong: dict[str, Any]) -> None:
+    problem = Case("batch_norm", (8, 20, 6, 5), torch.float32, layout, "add+relu").problem(CPU)
+    running_mean, running_var = problem.buffers.values()
+
+    def call(changes: dict[str, Any], *tensors: torch.Tensor) -> torch.Tensor:
+        input, weight, bias, residual = tensors
+        options = {"training": True, "eps": 1e-5, "residual": residual, "activation": "relu", **changes}
+        # What is not asked for has a gradient of zero.
+        kept = 0 * residual if options["residual"] is None else 0
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, **options) + kept
+
+    def refusal(changes: dict[str, Any]) -> str | None:
+        with backends.use("reference"):
+            results = problem.results(lambda *tensors: call(changes, *tensors))
+        return gate.judge({"": results}, problem.truth())[""].refusal(peer=False)
+
+    assert refusal({}) is None
+    assert refusal(wrong) is not None
+
+
+def test_results_leave_the_buffers_as_they_were() -> None:
+    problem = Case("batch_norm", (8, 20), torch.float32).problem(CPU)
+    before = {name: tensor.clone() for name, tensor in problem.buffers.items()}
+    results = problem.results(problem.torch_function)
+
+    def broken(*tensors: torch.Tensor) -> torch.Tensor:
+        problem.torch_function(*tensors)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        problem.results(broken)
+    for name, tensor in problem.buffers.items():
+        assert torch.equal(tensor, before[name])
+        assert not torch.equal(tensor, results[name])
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_no_gradient_where_rounding_decides_the_sign(precision: torch.dtype) -> None:
+    """And the rest of it, nearly all, is there."""
+    problem = Case("batch_norm", (32, 8, 16, 16), precision, "channels_last", "add+relu").problem(CPU)
+    silent = problem.grad_output == 0
+    assert 0 < silent.double().mean() < 0.03
+    wide = [tensor.detach().double() for tensor in problem.arguments.values()]
+    input, weight, bias, residual = wide
+    argument = torch.nn.functional.batch_norm(input, None, None, weight, bias, training=True) + residual
+    assert argument[silent].abs().max() < 0.2
+    assert argument[~silent].abs().min() > 1e-4
 
 
 def test_a_wrong_backend_is_not_timed_and_makes_the_run_red() -> None:
@@ -132,8 +213,61 @@ def test_byte_formula() -> None:
     assert root[BACKWARD] == (x + rows * 4 + columns * 4) + (x // 2 + columns * 4)
 
 
+@pytest.mark.parametrize("chain", batch_norm.CHAINS)
+def test_bytes_of_a_batch_norm_are_what_stays_on_chip_needs(chain: str) -> None:
+    problem = Case("batch_norm", (4, 16, 8, 8), torch.bfloat16, "contiguous", chain).problem(CPU)
+    x = problem.input.nbytes
+    statistics, parameters = 2 * 16 * 4, 2 * 16 * 4
+    passes = 3 if chain else 2
+    # Running statistics are read and written.
+    assert problem.bytes_moved[FORWARD] == passes * x + statistics + parameters + 2 * parameters
+    assert problem.bytes_moved[BACKWARD] == (passes + 1) * x + statistics + 2 * parameters
+
+
+def test_the_grid_of_batch_norm_is_of_a_resnet_50() -> None:
+    for device_type, count in (("cpu", 9), ("cuda", 24)):
+        shapes = batch_norm.GRID[device_type]
+        assert len(set(shapes)) == len(shapes) == count
+        assert {shape[0] for shape in shapes} == {32, 256}
+        assert {(shape[1], shape[2]) for shape in shapes} <= set(batch_norm.RESNET_50)
+        found = benchmark.cases("batch_norm", device_type)
+        assert len(set(found)) == len(found) == 8 * count
+    # Three activations and a gradient for each of five providers.
+    assert max(math.prod(shape) for shape in batch_norm.GRID["cpu"]) * 4 * 4 * 5 < 12e9
+
+
+def test_the_reference_is_not_timed_on_a_large_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_norm, "_REFERENCE_ELEMENTS", 100)
+    monkeypatch.setattr(backends, "pick", lambda op, tensor: "native")
+    found, missing = providers_for(Case("batch_norm", (8, 20), torch.float32).problem(CPU))
+    assert "reference" not in {provider.name for provider in found}
+    assert "plain PyTorch" in missing["reference"]
+    monkeypatch.setattr(backends, "pick", lambda op, tensor: "reference")
+    assert not Case("batch_norm", (8, 20), torch.float32).problem(CPU).left_out
+
+
+def test_timms_layer_is_made_of_the_problems_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BatchNormAct2d(torch.nn.BatchNorm2d):
+        """timm's, as far as it matters."""
+
+        def __init__(self, channels: int, act_layer: Any, **options: Any) -> None:
+            super().__init__(channels, **options)
+            self.act = act_layer(inplace=True)
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return self.act(super().forward(input))
+
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.layers", SimpleNamespace(BatchNormAct2d=BatchNormAct2d))
+    case = Case("batch_norm", (4, 6, 5, 5), torch.float32, "channels_last", "relu")
+    problem = case.problem(CPU)
+    results = problem.results(problem.peers["timm"])
+    assert gate.judge({"": results}, problem.truth())[""].refusal(peer=True) is None
+    assert "adds no residual" in replace(case, chain="add+relu").problem(CPU).peers["timm"]
+
+
 def test_bytes_of_a_problem_are_those_of_its_tensors() -> None:
-    problem = Case("rms_norm", 7, 16, torch.bfloat16).problem(CPU)
+    problem = Case("rms_norm", (7, 16), torch.bfloat16).problem(CPU)
     x, weight = (tensor.nbytes for tensor in problem.arguments.values())
     assert problem.bytes_moved[FORWARD] == 2 * x + weight + 7 * 4
 
@@ -192,7 +326,10 @@ def test_pytest_finds_every_case_of_the_grid() -> None:
     root = Path(__file__).parents[1]
     listing = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     device = machine.default_device()
-    expected = len(benchmark.grid(device)) * len(DIRECTIONS) * len(harness.provider_names(device))
+    expected = sum(
+        len(benchmark.grid(device, [op])) * len(DIRECTIONS) * len(harness.provider_names(op, device))
+        for op in workloads.names()
+    )
     assert listing.count("::test_") == expected
     assert "bench_rms_norm.py::test_rms_norm[" in listing
 
@@ -202,14 +339,16 @@ def test_pytest_finds_every_case_of_the_grid() -> None:
 
 @pytest.fixture(scope="module")
 def complete_run() -> dict[str, Any]:
-    """A complete run over two tiny cases; "native" is torch itself."""
+    """A complete run over three tiny cases; "native" is torch itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "measure", lambda case, device, clock, seconds: quick(case))
         patch.setattr(
-            benchmark, "host_cost", lambda op, device: host.host_cost(op, device, rounds=2, calls=2)
+            benchmark,
+            "host_cost",
+            lambda op, device, chain: host.host_cost(op, device, chain, rounds=2, calls=2),
         )
         patch.setattr(timing, "copy_bandwidth", lambda device, size: 3.21e10)
-        plan = benchmark.Plan(CPU, (SMALL, Case("rms_norm", 4, 8, torch.bfloat16)), complete=True)
+        plan = benchmark.Plan(CPU, (SMALL, Case("rms_norm", (4, 8), torch.bfloat16), CHAIN), complete=True)
         found = bench.run(plan, Console(file=io.StringIO()))
     for record in found["cases"]:
         record["picked"] = "native"
@@ -236,7 +375,7 @@ def test_result_document_has_everything_that_a_figure_needs(document: dict[str, 
     } < document.keys()
     assert {"name", "slug", "device", "threads", "instruction_set"} < document["machine"].keys()
     assert {"torch", "triton", "python", "fastreg"} < document["versions"].keys()
-    assert len(document["cases"]) == 2 * len(DIRECTIONS)
+    assert len(document["cases"]) == 3 * len(DIRECTIONS)
     assert [record["direction"] for record in document["cases"][:3]] == list(DIRECTIONS)
     for record in document["cases"]:
         eager = record["providers"][EAGER]
@@ -246,7 +385,8 @@ def test_result_document_has_everything_that_a_figure_needs(document: dict[str, 
         assert eager["share_of_copy"] == pytest.approx(share, rel=1e-2)
         assert eager["milliseconds"]["rounds"] == 3
     ways = [record["way"] for record in document["host"]]
-    assert ways == 2 * ["forward, no_grad", "forward, recording", "forward+backward"]
+    # Batch norm alone and with what follows it.
+    assert ways == 4 * ["forward, no_grad", "forward, recording", "forward+backward"]
     assert all(record["providers"]["fastreg"]["microseconds"]["median"] > 0 for record in document["host"])
 
 
@@ -254,7 +394,7 @@ def test_saved_document_is_json_with_a_line_a_record(document: dict[str, Any], t
     path = bench.save(document, tmp_path)
     assert path == tmp_path / document["machine"]["slug"] / f"{document['date']}.json"
     assert json.loads(path.read_text()) == document
-    assert sum(line.startswith('  {"op"') for line in path.read_text().splitlines()) == 6 + 6
+    assert sum(line.startswith('  {"op"') for line in path.read_text().splitlines()) == 9 + 12
     partial = bench.save({**document, "complete": False, "host": []}, tmp_path)
     assert partial.name == f"{document['date']}-partial.json"
     assert json.loads(partial.read_text())["host"] == []
@@ -269,9 +409,10 @@ def test_means_and_ratios() -> None:
         providers = {EAGER: timed(eager), "compile": {"failed": "no compiler"}, "native": timed(ours)}
         case = {
             "op": "layer_norm",
+            "chain": "",
+            "layout": "",
             "dtype": "float32",
-            "rows": shape,
-            "hidden_size": 8,
+            "shape": [shape, 8],
             "direction": direction,
         }
         return {**case, "picked": "native", "providers": providers}
@@ -315,9 +456,31 @@ def test_report_of_stored_results(document: dict[str, Any], tmp_path: Path) -> N
     median = summary.number(document["cases"][0]["providers"][EAGER]["milliseconds"]["median"])
     assert f"| layer_norm | float32 | 5 x 33 | forward | {median} |" in text
     assert "| rms_norm | bfloat16 | forward+backward |" in text
-    assert sum(line.startswith("| op") for line in text.splitlines()) == 3
+    assert "| batch_norm+add+relu channels_last | float32 | backward |" in text
+    assert "| batch_norm+add+relu channels_last | float32 | 4 x 8 x 3 x 5 | backward |" in text
+    assert "| batch_norm+add+relu | forward, no_grad |" in text
+    # The means, the cases of each op, and the host's cost.
+    assert sum(line.startswith("| op") for line in text.splitlines()) == 5
+    assert text.count("<details>") == text.count("</details>") == 3
     with pytest.raises(ValueError, match="no line"):
         report.placed("no markers", "tables")
+
+
+def test_the_first_schema_is_still_read(document: dict[str, Any], tmp_path: Path) -> None:
+    old = deepcopy(document)
+    old["cases"] = [record for record in old["cases"] if not record["layout"]]
+    old["host"] = [record for record in old["host"] if not record["chain"]]
+    expected = report.section(tmp_path, old, tmp_path)
+    old["schema"] = 1
+    for record in old["cases"]:
+        record["rows"], record["hidden_size"] = record.pop("shape")
+        del record["chain"], record["layout"]
+    for record in old["host"]:
+        del record["chain"]
+    bench.save(old, tmp_path)
+    ((_, found),) = report.newest(tmp_path)
+    assert found["schema"] == benchmark.SCHEMA
+    assert report.section(tmp_path, found, tmp_path) == expected
 
 
 def test_report_refuses_an_unknown_schema(document: dict[str, Any], tmp_path: Path) -> None:
@@ -338,3 +501,35 @@ def test_summary_prints_every_table(document: dict[str, Any]) -> None:
     ):
         # Joined, since a title is wrapped to the width of its table.
         assert expected in " ".join(text.getvalue().split())
+
+
+# --- a GPU's stages ---------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_case_comes_early() -> None:
+    cases = gpu_timing.spread(benchmark.cases("batch_norm", "cuda"))
+    assert len(set(cases)) == len(cases) == 192
+    kinds = [(case.dtype, case.layout, case.chain) for case in cases]
+    assert len(set(kinds[:8])) == 8
+    assert kinds == kinds[:8] * 24
+    compiled = {case.shape for case in cases} & set(gpu_timing._COMPILED["batch_norm"])
+    assert compiled == set(gpu_timing._COMPILED["batch_norm"])
+
+
+def test_a_gpus_run_goes_on_where_the_earlier_one_ended(document: dict[str, Any], tmp_path: Path) -> None:
+    new = {**deepcopy(document), "cases": [], "host": [], "seconds": 0}
+    new["large_copy"] = {"bytes": 1, "gigabytes_per_second": 1.0}
+
+    def ops(ops: list[str]) -> list[str]:
+        found = gpu_timing.continued(deepcopy(new), tmp_path, ops)
+        assert found["large_copy"] == document["large_copy"] or not found["cases"]
+        return list(dict.fromkeys(record["op"] for record in itertools.chain(found["cases"], found["host"])))
+
+    assert ops(["batch_norm"]) == []
+    bench.save(document, tmp_path)
+    # Complete: what is measured now replaces what was.
+    assert ops(["batch_norm"]) == ["layer_norm", "rms_norm"]
+    bench.save({**document, "complete": False}, tmp_path)
+    assert ops(["batch_norm"]) == ["layer_norm", "rms_norm", "batch_norm"]
+    bench.save({**document, "complete": False, "commit": "another"}, tmp_path)
+    assert ops(["batch_norm"]) == ["layer_norm", "rms_norm"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import copy
 import io
+import itertools
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +23,21 @@ import fastreg
 from fastreg import backends
 from fastreg.__main__ import main
 from fastreg.backends.reference import layer_norm as reference
-from fastreg.cli import check, demo, doctor, extras, images, machine, training, vision_transformer, workloads
+from fastreg.cli import (
+    check,
+    demo,
+    doctor,
+    extras,
+    images,
+    machine,
+    residual_network,
+    training,
+    vision_transformer,
+    workloads,
+)
 from fastreg.cli.app import app
 from fastreg.cli.training import CONVERTED, PLAIN
+from fastreg.cli.workloads import Case
 
 pytestmark = pytest.mark.backend_independent
 
@@ -151,8 +165,25 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 # --- check ------------------------------------------------------------------------------------------------
 
 
+def few(op: str, dtype: torch.dtype) -> list[Case]:
+    """The first shape of every layout and chain of an op, and the last."""
+    found = {(case.layout, case.chain): case for case in reversed(check.cases(op, dtype))}
+    return [*found.values(), check.cases(op, dtype)[2]]
+
+
+def test_check_tries_batch_norm_in_every_layout_and_chain() -> None:
+    cases = check.cases("batch_norm", torch.float16)
+    assert len(set(cases)) == len(cases)
+    assert {case.dtype for case in cases} == {torch.float16}
+    assert {len(case.shape) for case in cases} == {2, 3, 4, 5}
+    kinds = {(case.layout, case.chain) for case in cases}
+    chains = ("", "relu", "add+relu", "evaluation", "evaluation+add+relu")
+    assert kinds == set(itertools.product(("contiguous", "channels_last"), chains))
+    assert str(cases[-1]).startswith("batch_norm+evaluation+add+relu channels_last float16 (")
+
+
 def test_check_passes_on_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check.outcomes, "__defaults__", (None, ((3, 1), (7, 129))))
+    monkeypatch.setattr(check.outcomes, "__defaults__", (None, few))
     result = RUNNER.invoke(app, ["check", "--backend", "reference", "--device", "cpu"])
     assert result.exit_code == 0, result.output
     count = len(workloads.names()) * len(check.MIXES)
@@ -183,7 +214,7 @@ def test_check_fails_on_a_wrong_backend(spoil: Any, text: str, monkeypatch: pyte
     monkeypatch.setitem(backends._extra, "spoilt", load)
     monkeypatch.setattr(workloads, "names", lambda: ("layer_norm",))
     monkeypatch.setattr(check, "MIXES", check.MIXES[:1])
-    monkeypatch.setattr(check.outcomes, "__defaults__", (None, ((3, 17),)))
+    monkeypatch.setattr(check.outcomes, "__defaults__", (None, lambda op, dtype: [Case(op, (3, 17), dtype)]))
     backends.implementation.cache_clear()
     text_out = io.StringIO()
     assert check.command(CPU, "spoilt", Console(file=text_out, width=140)) == 1
@@ -203,8 +234,9 @@ def test_check_of_nothing_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None
 # --- demo -------------------------------------------------------------------------------------------------
 
 
-def test_vision_transformer_knows_nothing_of_fastreg() -> None:
-    tree = ast.parse(Path(vision_transformer.__file__).read_text())
+@pytest.mark.parametrize("network", [vision_transformer, residual_network])
+def test_the_networks_know_nothing_of_fastreg(network: ModuleType) -> None:
+    tree = ast.parse(Path(str(network.__file__)).read_text())
     imported = {
         name.split(".")[0]
         for node in ast.walk(tree)
@@ -227,6 +259,18 @@ def test_vision_transformer_takes_any_size() -> None:
         assert logits.isfinite().all()
     rows = vision_transformer.positions(3, 5, 16, CPU)
     assert torch.unique(rows, dim=0).shape == (15, 16)
+
+
+def test_residual_network_takes_any_size_and_all_its_norms_are_fused() -> None:
+    model = residual_network.ResidualNetwork(width=4, depth=2)
+    plain = copy.deepcopy(model)
+    report = training.convert(model)
+    assert len(report.replaced) == 15
+    # Where a shortcut has a norm, one of the two norms that are added takes the other one's output.
+    assert len(report.fused) == 13
+    for shape in ((2, 1, 8, 8), (1, 1, 7, 13)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_digits_are_split_by_writer_and_standardised() -> None:
@@ -272,7 +316,7 @@ def test_demo_fails_where_the_models_disagree(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(demo.chart, "draw", lambda *_: None)
     text = io.StringIO()
     assert demo.command(demo.QUICK, CPU, tmp_path, Console(file=text)) == 1
-    assert "DISAGREEMENT: the outputs differ" in text.getvalue()
+    assert "DISAGREEMENT: residual network: the outputs differ" in text.getvalue()
 
 
 @pytest.fixture
@@ -297,10 +341,14 @@ def test_quick_demo_from_start_to_end(one_thread: list[str], tmp_path: Path) -> 
         assert expected in result.output
     found = json.loads((tmp_path / "demo.json").read_text())
     assert found["disagreements"] == []
-    assert [epoch["number"] for epoch in found["training"]["epochs"]] == [1, 2]
-    assert found["training"]["gradient_difference"] <= training.GRADIENT_ALLOWANCE
-    assert len(found["training"]["replaced"]) == 9
-    assert found["photographs"]["shape"] == [2, 1, 427, 640]
-    assert found["photographs"]["saved_bytes"][CONVERTED] < found["photographs"]["saved_bytes"][PLAIN]
+    assert list(found["networks"]) == list(training.NETWORKS)
+    for network in found["networks"].values():
+        assert [epoch["number"] for epoch in network["training"]["epochs"]] == [1, 2]
+        assert network["training"]["gradient_difference"] <= training.GRADIENT_ALLOWANCE
+        assert len(network["training"]["replaced"]) == 9
+        assert network["photographs"]["shape"] == [2, 1, 427, 640]
+    assert len(found["networks"][training.RESIDUAL_NETWORK]["training"]["fused"]) == 7
+    saved = found["networks"][training.VISION_TRANSFORMER]["photographs"]["saved_bytes"]
+    assert saved[CONVERTED] < saved[PLAIN]
     assert {record["op"] for record in found["cases"]} == set(workloads.names())
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

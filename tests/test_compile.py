@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastreg
-from cases import Case, Mix, Size
+from cases import Case
 from specs import SPECS
 from suite import OpSpec, make_tensors, plain_case, same_bits
 
@@ -28,8 +28,7 @@ def each_spec(function: Any) -> Any:
 def example(
     spec: OpSpec, dtype: torch.dtype, device: str, rows: int = 6, columns: int = 40
 ) -> tuple[Case, Any]:
-    mix = Mix((dtype,) * (1 + len(spec.parameters)))
-    case = plain_case(spec, Size((rows, columns), {"normalized_shape": (columns,)}), mix)
+    case = plain_case(spec, spec.size(rows, columns), spec.mix(dtype))
     return case, make_tensors(spec, case, device)
 
 
@@ -45,14 +44,14 @@ class Counter:
 
 
 def forward_and_backward(spec: OpSpec, function: Any, tensors: Any) -> list[torch.Tensor]:
-    leaves = [tensors[name].detach().requires_grad_() for name in spec.differentiable]
+    leaves = [tensors[name].detach().requires_grad_() for name in ("input", *spec.parameters)]
     output = function(*leaves)
     output.backward(tensors["grad_output"])
     return [output.detach(), *[leaf.grad for leaf in leaves]]
 
 
 def norm_of(spec: OpSpec) -> Any:
-    return lambda input, *parameters: spec.function(input, input.shape[-1:], *parameters)
+    return lambda input, *parameters: spec.call(spec.function, input, *parameters)
 
 
 @each_spec
@@ -98,7 +97,7 @@ def test_a_change_of_backend_is_seen_by_compiled_code(spec: OpSpec, device: str)
     """The graph records the op, not the backend that happened to be asked for."""
     _, tensors = example(spec, torch.float32, device)
     compiled = torch.compile(norm_of(spec), backend="aot_eager", fullgraph=True)
-    inputs = [tensors[name] for name in spec.differentiable]
+    inputs = [tensors[name] for name in ("input", *spec.parameters)]
     first = compiled(*inputs)
     with fastreg.backends.use("reference"):
         torch.testing.assert_close(compiled(*inputs), first)
@@ -120,19 +119,18 @@ def test_inductor_fuses_around_the_op(spec: OpSpec) -> None:
 @each_spec
 def test_export_records_one_operator(spec: OpSpec, device: str) -> None:
     _, tensors = example(spec, torch.float32, device)
-    columns = 40
 
     class Module(torch.nn.Module):
         def forward(self, input: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-            return spec.function(input, (columns,), *parameters)
+            return norm_of(spec)(input, *parameters)
 
-    inputs = tuple(tensors[name] for name in spec.differentiable)
+    inputs = tuple(tensors[name] for name in ("input", *spec.parameters))
     free = ({0: torch.export.Dim("rows")}, tuple(None for _ in spec.parameters))
     program = torch.export.export(Module(), inputs, dynamic_shapes=free)
     targets = [str(node.target) for node in program.graph.nodes if "fastreg" in str(node.target)]
     assert targets == [f"fastreg.{spec.name}_fwd.default"]
     longer = (torch.cat((inputs[0], inputs[0])), *inputs[1:])
-    torch.testing.assert_close(program.module()(*longer), spec.function(longer[0], (columns,), *longer[1:]))
+    torch.testing.assert_close(program.module()(*longer), norm_of(spec)(*longer))
 
 
 def operators_of(spec: OpSpec, backend: str) -> list[str]:
@@ -147,13 +145,19 @@ def test_opcheck_forward(spec: OpSpec, dtype: torch.dtype, backend: str, device:
         torch.library.opcheck(operator, spec.forward(case, tensors))
 
 
+def saved_by(forward: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the operator returns beside the output, as a spec's ``backward`` takes it."""
+    _, *saved = forward(*arguments)
+    return saved[0] if len(saved) == 1 else saved
+
+
 @each_spec
 def test_opcheck_backward(spec: OpSpec, dtype: torch.dtype, backend: str, device: str) -> None:
     case, tensors = example(spec, dtype, device)
     for namespace in operators_of(spec, backend):
         forward = getattr(getattr(torch.ops, namespace), f"{spec.name}_fwd").default
         backward = getattr(getattr(torch.ops, namespace), f"{spec.name}_bwd").default
-        _, saved = forward(*spec.forward(case, tensors))
+        saved = saved_by(forward, spec.forward(case, tensors))
         count = len(spec.differentiable)
         for wanted in ([True] * count, [True] + [False] * (count - 1), [False] + [True] * (count - 1)):
             torch.library.opcheck(backward, (*spec.backward(case, tensors, saved), wanted))
@@ -166,14 +170,16 @@ def test_the_fake_tells_strides_and_dtypes_of_every_layout(spec: OpSpec, device:
     for mix in spec.mixes:
         if torch.float64 in mix.dtypes:
             continue
-        for layout in ("contiguous", "sliced", "transposed"):
+        for layout in spec.layouts:
+            if layout == "scalar":
+                continue
             case = plain_case(spec, spec.sizes[-1], mix, layout=layout)
             tensors = make_tensors(spec, case, device)
-            real = spec.function(**{name: tensors[name] for name in spec.differentiable}, **case.arguments)
+            given = (*spec.differentiable, *spec.buffers)
+            real = spec.function(**{name: tensors[name] for name in given}, **case.arguments)
             with FakeTensorMode() as mode:
                 fakes = {
-                    name: None if tensors[name] is None else mode.from_tensor(tensors[name])
-                    for name in spec.differentiable
+                    name: None if tensors[name] is None else mode.from_tensor(tensors[name]) for name in given
                 }
                 fake = spec.function(**fakes, **case.arguments)
             assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)

@@ -218,13 +218,23 @@ def test_a_converted_model_compiles_and_exports() -> None:
     torch.testing.assert_close(torch.export.export(model, (input,)).module()(input), expected)
 
 
-def _as_if_installed(monkeypatch: pytest.MonkeyPatch, path: str) -> type[nn.Module]:
-    """A norm at ``path``, as if its package were installed; one whose name ends in 2d is channels-first."""
+def _install(
+    monkeypatch: pytest.MonkeyPatch, path: str, base: type[nn.Module], **members: Any
+) -> type[nn.Module]:
+    """A class at ``path``, as if its package were installed."""
     package, _, name = path.rpartition(".")
     parts = package.split(".")
     for count in range(1, len(parts) + 1):
         parent = ".".join(parts[:count])
         monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    kind = type(name, (base,), {"__module__": package, **members})
+    monkeypatch.setattr(sys.modules[package], name, kind, raising=False)
+    return kind
+
+
+def _as_if_installed(monkeypatch: pytest.MonkeyPatch, path: str) -> type[nn.Module]:
+    """A norm over rows at ``path``; one whose name ends in 2d is channels-first."""
+    name = path.rpartition(".")[2]
 
     def rows(self: Any, x: torch.Tensor) -> torch.Tensor:
         if "Rms" in name:
@@ -234,13 +244,10 @@ def _as_if_installed(monkeypatch: pytest.MonkeyPatch, path: str) -> type[nn.Modu
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return rows(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if name.endswith("2d") else rows(self, x)
 
-    base = nn.RMSNorm if "Rms" in name else nn.LayerNorm
-    kind = type(name, (base,), {"__module__": package, "forward": forward})
-    monkeypatch.setattr(sys.modules[package], name, kind, raising=False)
-    return kind
+    return _install(monkeypatch, path, nn.RMSNorm if "Rms" in name else nn.LayerNorm, forward=forward)
 
 
-@pytest.mark.parametrize("layer", list(external._LAYERS))
+@pytest.mark.parametrize("layer", [name for name in external._LAYERS if name not in external._KERNELS])
 def test_layers_of_other_libraries(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = _as_if_installed(monkeypatch, external._LAYERS[layer][0])
     monkeypatch.delitem(vars(external), layer, raising=False)
@@ -259,3 +266,179 @@ def test_layers_of_other_libraries(layer: str, monkeypatch: pytest.MonkeyPatch) 
         assert len(fastreg.revert(model).replaced) == 1
         assert type(model[1]) is kind
     monkeypatch.delitem(vars(external), layer)
+
+
+# --- batch norm -------------------------------------------------------------------------------------------
+
+
+def batch_norms() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1, bias=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.Flatten(2),
+        nn.BatchNorm1d(4, affine=False),
+        nn.Unflatten(2, (5, 6, 1)),
+        nn.BatchNorm3d(4, track_running_stats=False),
+    )
+    with torch.no_grad():
+        model[1].weight.normal_()
+        model[1].bias.normal_()
+        model[1].running_mean.normal_()
+    return model
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norms_are_replaced_and_the_numbers_stay(training: bool) -> None:
+    model, plain, input = (
+        batch_norms().train(training),
+        batch_norms().train(training),
+        torch.randn(2, 3, 5, 6),
+    )
+    report = fastreg.convert(model)
+    assert [item.after for item in report.replaced] == [f"fastreg.nn.BatchNorm{n}d" for n in (2, 1, 3)]
+    for _ in range(2):
+        found, expected = model(input), plain(input)
+        torch.testing.assert_close(found, expected)
+    slope = torch.randn_like(expected)
+    found.backward(slope)
+    expected.backward(slope)
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-4)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
+    fastreg.revert(model)
+    assert [type(module) for module in model] == [type(module) for module in plain]
+
+
+def test_synchronised_and_back() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), fastreg.nn.BatchNorm2d(3), fastreg.nn.BatchNormAct2d(3), nn.SyncBatchNorm(3)
+    )
+    before = [(type(module), list(vars(module))) for module in model]
+    fastreg.convert(model)
+    report = fastreg.convert(model, sync=True, process_group="a group")
+    assert [item.after.rpartition(".")[2] for item in report.replaced] == [
+        *("SyncBatchNorm", "SyncBatchNorm", "SyncBatchNormAct2d"),
+    ]
+    assert [module.process_group for module in model] == ["a group"] * 3 + [None]
+    assert all(isinstance(module, nn.SyncBatchNorm) for module in model)
+    fastreg.revert(model)
+    assert [(type(module), list(vars(module))) for module in model] == before
+
+
+def test_batch_norms_that_are_kept() -> None:
+    class Own(nn.BatchNorm2d):
+        """A subclass, which may compute something else."""
+
+    model = nn.ModuleDict(
+        {
+            "own": Own(3),
+            "lazy": nn.LazyBatchNorm2d(),
+            "scripted": torch.jit.script(nn.BatchNorm2d(3)),
+            "ours": fastreg.nn.BatchNormAct2d(3),
+        }
+    )
+    reasons = {item.name: item.reason for item in fastreg.convert(model, fuse=True).kept}
+    assert "subclass of torch.nn.BatchNorm2d" in reasons["own"]
+    assert "lazy" in reasons["lazy"]
+    assert "before torch.jit.script" in reasons["scripted"]
+    assert "already fastreg's" in reasons["ours"]
+
+
+def _timm_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """As timm writes it: norm, dropout, activation, all in one module."""
+    return self.act(self.drop(nn.BatchNorm2d.forward(self, x)))
+
+
+def _timm_init(self: Any, channels: int, act: nn.Module, drop: nn.Module) -> None:
+    nn.BatchNorm2d.__init__(self, channels)
+    self.act, self.drop = act, drop
+
+
+@pytest.mark.parametrize(
+    ("act", "drop", "calls"),
+    [
+        (nn.SiLU(inplace=True), nn.Identity(), ["silu"]),
+        (nn.Mish(), nn.Identity(), [None]),
+        (nn.ReLU(), nn.Dropout(0.0), [None]),
+        (nn.Identity(), nn.Identity(), ["identity"]),
+    ],
+    ids=str,
+)
+def test_timms_norm_with_an_activation(
+    act: nn.Module, drop: nn.Module, calls: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = external._LAYERS["TimmBatchNormAct2d"][0]
+    kind = _install(monkeypatch, path, nn.BatchNorm2d, forward=_timm_forward, __init__=_timm_init)
+    monkeypatch.delitem(vars(external), "TimmBatchNormAct2d", raising=False)
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, act, drop))  # type: ignore[call-arg]
+    plain, input = copy.deepcopy(model), torch.randn(2, 3, 5, 5)
+    asked: list[str | None] = []
+    original = external.batch_norm_of
+
+    def batch_norm_of(layer: Any, x: Any, residual: Any = None, activation: Any = None, *rest: Any) -> Any:
+        asked.append(activation)
+        return original(layer, x, residual, activation, *rest)
+
+    monkeypatch.setattr(external, "batch_norm_of", batch_norm_of)
+    (item,) = fastreg.convert(model).replaced
+    assert item.after.rpartition(".")[2] == "TimmBatchNormAct2d"
+    torch.testing.assert_close(model(input), plain(input))
+    assert asked == calls
+    seen: list[int] = []
+    model[1].act.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(model(input), plain(input))
+    assert seen == [1]
+    fastreg.revert(model)
+    assert type(model[1]) is kind
+
+
+def test_timms_norm_without_an_activation_is_fused_with_an_addition(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = external._LAYERS["TimmBatchNormAct2d"][0]
+    kind = _install(monkeypatch, path, nn.BatchNorm2d, forward=_timm_forward, __init__=_timm_init)
+    monkeypatch.delitem(vars(external), "TimmBatchNormAct2d", raising=False)
+
+    class Residual(nn.Module):
+        def __init__(self, act: nn.Module) -> None:
+            super().__init__()
+            self.norm = kind(4, act, nn.Identity())  # type: ignore[call-arg]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) + x.sigmoid()
+
+    input = torch.randn(2, 4, 5, 5)
+    for act, expected in ((nn.Identity(), ["norm + add"]), (nn.ReLU(), [])):
+        model = Residual(act)
+        plain = copy.deepcopy(model)
+        assert [item.what for item in fastreg.convert(model, fuse=True).fused] == expected
+        torch.testing.assert_close(model(input), plain(input))
+
+
+class Frozen(nn.Module):
+    """torchvision's FrozenBatchNorm2d: nothing but buffers."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias, mean, variance = (buffer.reshape(1, -1, 1, 1) for buffer in self.buffers())
+        scale = weight * (variance + self.eps).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchvisions_frozen_norm(input_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = _install(monkeypatch, external._LAYERS["TorchvisionFrozenBatchNorm2d"][0], Frozen)
+    monkeypatch.delitem(vars(external), "TorchvisionFrozenBatchNorm2d", raising=False)
+    model: Any = nn.Sequential(kind(4), nn.ReLU())  # type: ignore[call-arg]
+    plain, input = copy.deepcopy(model), torch.randn(2, 4, 5, 5, dtype=input_dtype, requires_grad=True)
+    report = fastreg.convert(model, fuse=True)
+    assert [item.what for item in report.fused] == ["norm + relu"]
+    # bfloat16 with float32 buffers is float32 there.
+    torch.testing.assert_close(model(input), plain(input))
+    fastreg.revert(model)
+    assert type(model[0]) is kind

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from backend_under_test import serves_float64
-from specs import SPECS
+from specs import ROW_NORMS, SPECS
 from suite import OpSpec
 
 pytestmark = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -25,9 +25,9 @@ def tensors(
     ]
 
 
-def call(function: Any) -> Any:
+def call(spec: OpSpec, function: Any) -> Any:
     """A norm over the last dimension, of an input and parameters given in order."""
-    return lambda input, *parameters: function(input, input.shape[-1:], *parameters, eps=1e-3)
+    return lambda input, *parameters: spec.call(function, input, *parameters, eps=1e-3)
 
 
 def assert_trees_close(found: Any, expected: Any) -> None:
@@ -40,13 +40,13 @@ def assert_trees_close(found: Any, expected: Any) -> None:
 def test_gradients_of_gradients(spec: OpSpec, backend: str, device: str) -> None:
     if serves_float64(backend, device):
         inputs = [each.requires_grad_() for each in tensors(spec, device, torch.float64, (3, 5))]
-        assert torch.autograd.gradcheck(call(spec.function), inputs, check_forward_ad=True)
-        assert torch.autograd.gradgradcheck(call(spec.function), inputs)
+        assert torch.autograd.gradcheck(call(spec, spec.function), inputs, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(call(spec, spec.function), inputs)
         return
 
     def second(function: Any, inputs: list[torch.Tensor]) -> Any:
         leaves = [each.detach().requires_grad_() for each in inputs]
-        output = call(function)(*leaves)
+        output = call(spec, function)(*leaves)
         first = torch.autograd.grad(output.sin().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum((each**2).sum() for each in first), leaves)
 
@@ -58,8 +58,8 @@ def test_gradients_of_gradients(spec: OpSpec, backend: str, device: str) -> None
 def test_a_gradient_that_is_itself_recorded_is_the_same(spec: OpSpec, device: str) -> None:
     leaves = [each.requires_grad_() for each in tensors(spec, device)]
     weights = torch.randn(3, 4, 5, device=device)
-    plain = torch.autograd.grad(call(spec.function)(*leaves), leaves, weights)
-    recorded = torch.autograd.grad(call(spec.function)(*leaves), leaves, weights, create_graph=True)
+    plain = torch.autograd.grad(call(spec, spec.function)(*leaves), leaves, weights)
+    recorded = torch.autograd.grad(call(spec, spec.function)(*leaves), leaves, weights, create_graph=True)
     assert [each.requires_grad for each in recorded[:2]] == [True, True]
     assert_trees_close(recorded, plain)
 
@@ -67,7 +67,9 @@ def test_a_gradient_that_is_itself_recorded_is_the_same(spec: OpSpec, device: st
 def test_gradient_penalty_reaches_every_tensor(spec: OpSpec, device: str) -> None:
     def penalty(function: Any) -> Any:
         leaves = [each.requires_grad_() for each in tensors(spec, device)]
-        (grad,) = torch.autograd.grad(call(function)(*leaves).square().sum(), leaves[:1], create_graph=True)
+        (grad,) = torch.autograd.grad(
+            call(spec, function)(*leaves).square().sum(), leaves[:1], create_graph=True
+        )
         return torch.autograd.grad((grad.norm() - 1) ** 2, leaves, allow_unused=True)
 
     found, expected = penalty(spec.function), penalty(spec.torch_function)
@@ -112,9 +114,11 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
 def test_transforms_of_torch_func(spec: OpSpec, transform: str, device: str) -> None:
-    inputs = tensors(spec, device)
-    found = TRANSFORMS[transform](call(spec.function))(*inputs)
-    assert_trees_close(found, TRANSFORMS[transform](call(spec.torch_function))(*inputs))
+    # Inside the second vmap one dimension is left, which is too few for channels; vmap of four does as well.
+    shape = (2, 3, 4, 5) if transform == "vmap of vmap" else (3, 4, 5)
+    inputs = tensors(spec, device, shape=shape)
+    found = TRANSFORMS[transform](call(spec, spec.function))(*inputs)
+    assert_trees_close(found, TRANSFORMS[transform](call(spec, spec.torch_function))(*inputs))
 
 
 def test_forward_mode(spec: OpSpec, device: str) -> None:
@@ -123,7 +127,7 @@ def test_forward_mode(spec: OpSpec, device: str) -> None:
     def tangent(function: Any) -> torch.Tensor:
         with torch.autograd.forward_ad.dual_level():
             duals = [torch.autograd.forward_ad.make_dual(each, each.sin()) for each in inputs]
-            result = torch.autograd.forward_ad.unpack_dual(call(function)(*duals)).tangent
+            result = torch.autograd.forward_ad.unpack_dual(call(spec, function)(*duals)).tangent
         assert result is not None
         return result
 
@@ -136,7 +140,7 @@ def test_checkpointing_changes_no_bit(spec: OpSpec, reentrant: bool, device: str
 
     def gradients(checkpointed: bool) -> Any:
         leaves = [each.requires_grad_() for each in tensors(spec, device)]
-        function = call(spec.function)
+        function = call(spec, spec.function)
         output = checkpoint(function, *leaves, use_reentrant=reentrant) if checkpointed else function(*leaves)
         output.backward(weights)
         return [each.grad for each in leaves]
@@ -148,7 +152,7 @@ def test_checkpointing_changes_no_bit(spec: OpSpec, reentrant: bool, device: str
 def test_input_changed_before_backward_is_noticed(spec: OpSpec, device: str) -> None:
     input, *parameters = (each.requires_grad_() for each in tensors(spec, device))
     hidden = input * 1
-    output = call(spec.function)(hidden, *parameters)
+    output = call(spec, spec.function)(hidden, *parameters)
     hidden.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
@@ -156,7 +160,7 @@ def test_input_changed_before_backward_is_noticed(spec: OpSpec, device: str) -> 
 
 def test_backward_twice(spec: OpSpec, device: str) -> None:
     leaves = [each.requires_grad_() for each in tensors(spec, device)]
-    output = call(spec.function)(*leaves).sum()
+    output = call(spec, spec.function)(*leaves).sum()
     output.backward(retain_graph=True)
     once = [each.grad.clone() for each in leaves]
     output.backward()
@@ -171,7 +175,8 @@ def test_what_is_kept_for_backward(spec: OpSpec, device: str) -> None:
     kept: list[torch.Tensor] = []
     leaves = [each.requires_grad_() for each in tensors(spec, device, torch.bfloat16, (64, 256))]
     with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
-        call(spec.function)(*leaves)
+        call(spec, spec.function)(*leaves)
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
     parameters = sum(each.nbytes for each in leaves[1:])
-    assert sum(storages.values()) <= leaves[0].nbytes + parameters + 64 * 2 * 4
+    normalized = 64 if spec in ROW_NORMS else 256
+    assert sum(storages.values()) <= leaves[0].nbytes + parameters + normalized * 2 * 4

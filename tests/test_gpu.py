@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import Case, Mix, Size
+from cases import Case
 from specs import SPECS
 from suite import OpSpec, Tensors, make_tensors, plain_case, same_bits
 
@@ -20,16 +20,14 @@ LOW = torch.bfloat16
 
 
 def example(spec: OpSpec, device: str, rows: int = 64, columns: int = 1024) -> tuple[Case, Tensors]:
-    size = Size((rows, columns), {"normalized_shape": (columns,)})
-    case = plain_case(spec, size, Mix((LOW,) * (1 + len(spec.parameters))))
+    case = plain_case(spec, spec.size(rows, columns), spec.mix(LOW))
     return case, make_tensors(spec, case, device)
 
 
 def forward_and_backward(spec: OpSpec, case: Case, tensors: Tensors) -> list[torch.Tensor]:
     leaves: list[Any] = [tensors[name].detach().requires_grad_() for name in spec.differentiable]  # type: ignore[union-attr]
-    output = spec.function(
-        *leaves[:1], **dict(zip(spec.parameters, leaves[1:], strict=True)), **case.arguments
-    )
+    given = dict(zip(spec.differentiable, leaves, strict=True))
+    output = spec.function(**given, **{name: tensors[name] for name in spec.buffers}, **case.arguments)
     return [output.detach(), *torch.autograd.grad(output, leaves, tensors["grad_output"])]
 
 
@@ -106,7 +104,8 @@ def test_memory_of_a_call(spec: OpSpec) -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
-        output = spec.function(input, **{name: tensors[name] for name in spec.parameters}, **case.arguments)
+        given = {name: tensors[name] for name in (*spec.parameters, *spec.buffers)}
+        output = spec.function(input, **given, **case.arguments)
     assert output.shape == input.shape
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * input.nbytes
     del output

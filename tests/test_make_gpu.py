@@ -21,6 +21,7 @@ from bench.gpu.__main__ import STAGES, finish, main, print_summary
 from bench.gpu.machine import Machine
 from bench.gpu.process import Deadline, Finished, run
 from bench.gpu.stage import Settings
+from fastreg.cli import workloads
 
 pytestmark = pytest.mark.backend_independent
 
@@ -120,7 +121,7 @@ def make() -> str:
 def assert_few_and_small(out: Path) -> None:
     """Results are copied from the machine with the GPU: few files, none large, near the top, with plain names."""
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert 0 < len(files) <= 8
+    assert 0 < len(files) <= 10
     for path in files:
         inside = path.relative_to(out)
         assert len(inside.parts) <= 3
@@ -187,12 +188,14 @@ def test_every_stage_is_rehearsed(made: dict[str, Made]) -> None:
     ends = [line for line in run.lines if re.match(rf"({'|'.join(STAGES)}): ", line)]
     assert [line.partition(":")[0] for line in ends] == list(STAGES), [*run.lines, run.errors]
     assert all("a REHEARSAL on the CPU" in line for line in ends)
-    assert run.lines[-1] == "make gpu: tests FAILED, sanitize ok, bench ok"
+    assert run.lines[-1] == "make gpu: tests FAILED, sanitize ok, bench ok, bench_batch_norm ok"
     assert "compute-sanitizer was not run: it needs a GPU" in run.lines
     assert any(line.startswith("copy bandwidth, measured first") for line in run.lines)
     (document,) = (run.out / "rehearsal").glob("*-partial.json")
     saved = json.loads(document.read_text())
     assert (saved["rehearsal"], saved["complete"]) == (True, False)
+    # The second of the stages that measure keeps what the first has.
+    assert {record["op"] for record in saved["cases"]} == set(workloads.names())
     assert_few_and_small(run.out)
 
 
@@ -208,7 +211,10 @@ def test_without_a_gpu_it_says_so(made: dict[str, Made]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--stage", "test"], "'test' is no stage: expected tests, sanitize, bench, or nothing for all"),
+        (
+            ["--stage", "test"],
+            "'test' is no stage: expected tests, sanitize, bench, bench_batch_norm, or nothing for all",
+        ),
         (["--device", "gpu"], "'gpu' is no device: expected cuda, or cpu for a rehearsal"),
     ],
 )

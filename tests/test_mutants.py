@@ -8,15 +8,20 @@ import pytest
 
 from criterion import Rejected
 from fastreg import backends
-from mutants.norms import MUTANTS, Mutant
+from mutants import batch_norms, norms
+from mutants.batch_norms import BatchNormMutant
+from mutants.norms import Mutant
 from mutants.right import RightNorm
+from mutants.right_batch_norm import RightBatchNorm
 from specs import SPECS
 from suite import OpSpec, cases, check_case
 
 pytestmark = pytest.mark.backend_independent
 
+MUTANTS: tuple[type[Mutant | BatchNormMutant], ...] = (*norms.MUTANTS, *batch_norms.MUTANTS)
 
-def _as_backend(norm: type[RightNorm]) -> str:
+
+def _as_backend(norm: type[RightNorm | RightBatchNorm]) -> str:
     """Make a norm reachable by name, so that it is tested through the public function like any backend."""
     name = f"mutant {norm.__name__}"
     backends.register(name, lambda op, operator: norm(op).operator(operator))
@@ -26,7 +31,7 @@ def _as_backend(norm: type[RightNorm]) -> str:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_right_norm_is_accepted(spec: OpSpec) -> None:
     chosen = cases(spec)
-    with backends.use(_as_backend(RightNorm)):
+    with backends.use(_as_backend(RightBatchNorm if spec.buffers else RightNorm)):
         for case in chosen:
             check_case(spec, case)
     assert len(chosen) > 100
@@ -41,7 +46,7 @@ def test_the_right_norm_is_accepted(spec: OpSpec) -> None:
         if spec.name in mutant.ops
     ],
 )
-def test_a_wrong_norm_is_rejected(spec: OpSpec, mutant: type[Mutant]) -> None:
+def test_a_wrong_norm_is_rejected(spec: OpSpec, mutant: type[Mutant | BatchNormMutant]) -> None:
     other_reasons = []
     with backends.use(_as_backend(mutant)):
         for case in cases(spec):
@@ -58,4 +63,4 @@ def test_a_wrong_norm_is_rejected(spec: OpSpec, mutant: type[Mutant]) -> None:
 
 def test_there_are_enough_mutants_of_each_op() -> None:
     for spec in SPECS:
-        assert sum(spec.name in mutant.ops for mutant in MUTANTS) >= 14
+        assert sum(spec.name in mutant.ops for mutant in MUTANTS) >= (40 if spec.buffers else 14)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cases import Case, Mix, Size
+from cases import Case
+from channel_norms import BATCH_NORM
 from fastreg import _library
-from specs import SPECS
+from specs import ROW_NORMS, SPECS
 from suite import OpSpec, cases, check_case, make_tensors, plain_case
 
 pytestmark = pytest.mark.only(backend="native")
@@ -35,14 +36,19 @@ def test_the_loaded_schemas_are_those_of_python() -> None:
 
 def arguments(spec: OpSpec, device: str, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments of both operators by name, with some changed."""
-    size = Size((6, 40), {"normalized_shape": (40,)})
-    case: Case = plain_case(spec, size, Mix((torch.float32,) * (1 + len(spec.parameters))))
+    case: Case = plain_case(spec, spec.size(6, 40), spec.mix(torch.float32))
     tensors = make_tensors(spec, case, device)
-    _, saved = native(f"{spec.name}_fwd")(*spec.forward(case, tensors))
+    _, *saved = native(f"{spec.name}_fwd")(*spec.forward(case, tensors))
     both = []
     for direction, given in (
         ("fwd", spec.forward(case, tensors)),
-        ("bwd", (*spec.backward(case, tensors, saved), [True] * len(spec.differentiable))),
+        (
+            "bwd",
+            (
+                *spec.backward(case, tensors, saved[0] if len(saved) == 1 else saved),
+                [True] * len(spec.differentiable),
+            ),
+        ),
     ):
         names = [argument.name for argument in native(f"{spec.name}_{direction}")._schema.arguments]
         named = dict(zip(names, given, strict=True))
@@ -88,13 +94,55 @@ REFUSED = {
 }
 
 
-@each_spec
-@pytest.mark.parametrize("case", [pytest.param(value, id=name) for name, value in REFUSED.items()])
-def test_a_broken_contract_is_refused_at_the_door(
-    spec: OpSpec, case: tuple[dict[str, Any], str], device: str
-) -> None:
+REFUSED_BY_CHANNEL_NORMS = {
+    **{
+        name: (changes, message)
+        for name, (changes, message) in REFUSED.items()
+        if "columns" not in name and "normalised" not in name and "every second" not in name
+    },
+    "input of columns": ({"input": ROWS.t()}, "input cannot be viewed as rows of adjacent channels"),
+    "grad_output of columns": (
+        {"grad_output": ROWS.t()},
+        "grad_output cannot be viewed as rows .* as input is",
+    ),
+    "residual of columns": ({"residual": ROWS.t()}, "residual cannot be viewed as rows .* as input is"),
+    "every second element": ({"input": torch.randn(6, 80)[:, ::2]}, "input cannot be viewed as rows"),
+    "residual of another dtype": (
+        {"residual": torch.ones(6, 40).half()},
+        "residual must have the shape, dtype",
+    ),
+    "residual of another shape": ({"residual": torch.ones(6, 1, 40)}, "residual must have the shape, dtype"),
+    "one dimension": ({"input": torch.ones(40)}, "input must have at least 2 dimensions, but has 1"),
+    "an activation that there is not": (
+        {"activation": 7},
+        "activation must be a number from 0 to 6, but is 7",
+    ),
+    "a short running mean": (
+        {"running_mean": torch.ones(39)},
+        "running_mean must have 40 elements, but has 39",
+    ),
+    "a scattered running variance": ({"running_var": torch.ones(80)[::2]}, "running_var must be contiguous"),
+    "too few signs": (
+        {"residual": None, "activation": 1, "signs": torch.ones(29, dtype=torch.uint8)},
+        "signs must be uint8, of 30 bytes",
+    ),
+    "signs of floats": ({"residual": None, "activation": 1, "signs": torch.ones(30)}, "signs must be uint8"),
+    "signs of what is no matter of signs": (
+        {"signs": torch.ones(30, dtype=torch.uint8)},
+        "signs .* activation",
+    ),
+}
+BROKEN = [(spec, name) for spec in ROW_NORMS for name in REFUSED] + [
+    (BATCH_NORM, name) for name in REFUSED_BY_CHANNEL_NORMS
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"), BROKEN, ids=lambda each: each if isinstance(each, str) else each.name
+)
+def test_a_broken_contract_is_refused_at_the_door(spec: OpSpec, name: str, device: str) -> None:
     """ops/ never passes any of these on; a caller of the operators might."""
-    changes, message = case
+    changes, message = (REFUSED_BY_CHANNEL_NORMS if spec is BATCH_NORM else REFUSED)[name]
     changes = {
         name: on_device(each, device) if isinstance(each, torch.Tensor) else each
         for name, each in changes.items()
@@ -102,7 +150,9 @@ def test_a_broken_contract_is_refused_at_the_door(
     refused = 0
     for direction, given in zip(("fwd", "bwd"), arguments(spec, device, **changes), strict=True):
         # A missing weight is only wrong where its gradient is asked for, and so on.
-        if not (set(changes) & set(given)) or (direction == "fwd" and "output_mask" in message):
+        if not (set(changes) & set(given)) or (
+            direction == "fwd" and ("output_mask" in message or "signs" in changes)
+        ):
             continue
         with pytest.raises(RuntimeError, match=f"fastreg_native::{spec.name}.*{message}"):
             native(f"{spec.name}_{direction}")(**given)

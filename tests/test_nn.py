@@ -15,11 +15,11 @@ import torch
 
 import fastreg
 
-MODULES = [
-    (fastreg.nn.LayerNorm, torch.nn.LayerNorm),
-    (fastreg.nn.RMSNorm, torch.nn.RMSNorm),
-]
-each_module = pytest.mark.parametrize(("ours", "torchs"), MODULES, ids=[ours.__name__ for ours, _ in MODULES])
+NAMES = ("LayerNorm", "RMSNorm", "BatchNorm1d")
+# tests/test_nn_batch_norm.py has what is special to the norms over channels.
+MODULES = [(getattr(fastreg.nn, name), getattr(torch.nn, name)) for name in NAMES]
+each_module = pytest.mark.parametrize(("ours", "torchs"), MODULES, ids=NAMES)
+each_row_norm = pytest.mark.parametrize(("ours", "torchs"), MODULES[:2], ids=NAMES[:2])
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
@@ -50,7 +50,7 @@ def options_of(ours: type) -> list[dict[str, Any]]:
     return [*options, {"bias": False}] if "bias" in inspect.signature(ours).parameters else options
 
 
-@each_module
+@each_row_norm
 @pytest.mark.parametrize("shape", [(40,), [4, 10], 40], ids=str)
 def test_same_numbers_and_parameters_as_torchs(ours: type, torchs: type, shape: Any, device: str) -> None:
     for options in options_of(ours):
@@ -229,6 +229,10 @@ def test_fully_sharded_data_parallel(ours: type, torchs: type, device: str) -> N
         model = torch.nn.Sequential(torch.nn.Linear(7, 33), randomised(kind(33)), torch.nn.Linear(33, 5)).to(
             device
         )
+        if kind is torch.nn.BatchNorm1d:
+            # Torch's CPU kernel wants running statistics of the parameters' dtype.
+            for name in ("running_mean", "running_var"):
+                setattr(model[1], name, getattr(model[1], name).bfloat16())
         mesh = torch.distributed.device_mesh.init_device_mesh(device, (1,))
         fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         model(input_like((5, 7), device)).float().square().sum().backward()

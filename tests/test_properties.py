@@ -5,6 +5,7 @@ Draws are the same in every run. ``--hypothesis-profile explore`` draws new ones
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from activations import NAMES as ACTIVATIONS
 from backend_under_test import serves_float64
 from cases import DATA, Case, Mix, Size
-from specs import SPECS
+from specs import ROW_NORMS, SPECS
 from suite import OpSpec, check_tensors, make_tensors, subsets
 
 settings.register_profile(
@@ -74,12 +76,48 @@ def norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
     )
 
 
+@st.composite
+def channel_norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
+    samples, channels = (
+        draw(st.integers(1, 5)),
+        draw(st.one_of(st.integers(1, 20), st.sampled_from((33, 64, 129)))),
+    )
+    shape = (samples, channels, *draw(st.lists(st.integers(1, 7), max_size=3)))
+    training = draw(st.booleans()) and math.prod(shape) > channels
+    if float64 and draw(st.integers(0, 5)) == 0:
+        low: tuple[Any, ...] = (torch.float64,)
+    else:
+        low = LOW
+    input, statistics = draw(st.sampled_from(low)), [draw(st.sampled_from(low)) for _ in spec.buffers]
+    if training and draw(st.booleans()):
+        statistics = [None] * len(statistics)
+    residual = draw(st.sampled_from((None, input)))
+    arguments = {
+        "training": training,
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "negative_slope": draw(st.sampled_from((0.01, 0.5, -0.2))),
+        "momentum": draw(st.sampled_from((0.0, 0.1, 0.7, 1.0))),
+        "eps": draw(st.sampled_from((1e-6, 1e-5, 1e-3, 1.0))),
+    }
+    return Case(
+        size=Size(shape),
+        mix=Mix(
+            (input, residual, *[draw(st.sampled_from((*low, None))) for _ in spec.parameters], *statistics)
+        ),
+        data=draw(st.sampled_from(sorted(DATA))),
+        wanted=draw(st.sampled_from(subsets(spec.differentiable))),
+        arguments=arguments,
+    )
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @given(data=st.data())
 def test_any_shape_stride_dtype_and_option(spec: OpSpec, data: Any, backend: str, device: str) -> None:
-    case = data.draw(norm_cases(spec, serves_float64(backend, device)))
+    kind = norm_cases if spec in ROW_NORMS else channel_norm_cases
+    case = data.draw(kind(spec, serves_float64(backend, device)))
     tensors = make_tensors(spec, case, device)
     for name, values in tensors.items():
-        if values is not None:
+        # What is changed in place cannot be expanded.
+        if values is not None and name not in spec.buffers:
             tensors[name] = data.draw(views(values), label=name)
     check_tensors(spec, case, tensors)

@@ -375,6 +375,10 @@ def _wide(name: str, arguments: list[str]) -> tuple[int, int]:
         packs = (32 if arguments[3] == "true" else 16) // width
         return 2 * packs, packs
     return {
+        "batch_norm_statistics_kernel": (4, 0),
+        "batch_norm_apply_kernel": (8, 4),
+        "batch_norm_sums_kernel": (6, 4),
+        "batch_norm_gradient_kernel": (6, 4),
         "forward_looped_kernel": (5, 1),
         "backward_looped_kernel": (10, 1),
         "backward_columns_kernel": (8, 0),

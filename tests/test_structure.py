@@ -39,13 +39,14 @@ LAYERS = (
     ("fastreg.cli",),
     ("fastreg",),
     ("fastreg.convert",),
+    ("fastreg.fuse",),
     ("fastreg.nn",),
     ("fastreg.functional",),
     ("fastreg.ops",),
     ("fastreg._library",),
     ("fastreg.backends",),
     ("fastreg.backends.reference", "fastreg.backends.triton", "fastreg.backends.native"),
-    ("fastreg._native",),
+    ("fastreg._native", "fastreg._channels", "fastreg._activations"),
 )
 
 
@@ -157,9 +158,19 @@ def test_every_op_has_its_file_in_every_room(op: str, room: str) -> None:
 
 def test_every_public_function_is_in_the_suite() -> None:
     assert sorted(fastreg.functional.__all__) == sorted(OPS)
-    assert sorted(_library.OPERATORS) == sorted(
-        f"{op}_{direction}" for op in OPS for direction in ("fwd", "bwd")
+    assert sorted(operators_of(op) for op in OPS) == sorted(
+        [
+            ["layer_norm_fwd", "layer_norm_bwd"],
+            ["rms_norm_fwd", "rms_norm_bwd"],
+            ["batch_norm_fwd", "batch_norm_eval", "batch_norm_bwd"]
+            + [f"batch_norm_{half}" for half in ("moments", "apply", "sums", "bwd_apply")],
+        ]
     )
+    assert sum(len(operators_of(op)) for op in OPS) == len(_library.OPERATORS)
+
+
+def operators_of(op: str) -> list[str]:
+    return [name for name, operator in _library.OPERATORS.items() if operator.op == op]
 
 
 def native_schemas() -> dict[str, str]:
@@ -174,7 +185,8 @@ def native_schemas() -> dict[str, str]:
 
 
 def test_native_and_python_schemas_are_the_same_text() -> None:
-    native = {name: schema for name, schema in native_schemas().items() if name.endswith(("_fwd", "_bwd"))}
+    prefixes = tuple(f"{op}_" for op in OPS)
+    native = {name: schema for name, schema in native_schemas().items() if name.startswith(prefixes)}
     assert native == {name: operator.schema for name, operator in _library.OPERATORS.items()}
 
 
@@ -187,10 +199,10 @@ def _names_in(schema: str) -> list[str]:
 def test_backends_export_functions_with_the_schemas_arguments(op: str, room: str) -> None:
     tree = ast.parse((PACKAGE / "backends" / room / f"{op}.py").read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for direction in ("fwd", "bwd"):
-        arguments = functions[f"{op}_{direction}"].args
+    for operator in operators_of(op):
+        arguments = functions[operator].args
         names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-        assert names == _names_in(_library.OPERATORS[f"{op}_{direction}"].schema)
+        assert names == _names_in(_library.OPERATORS[operator].schema)
 
 
 # --- documentation ---
@@ -203,7 +215,7 @@ def test_a_public_docstring_has_every_part(op: str) -> None:
     first = text.split("\n\n")[0]
     assert first.endswith(".")
     assert "\n" not in first
-    assert f"``torch.nn.functional.{op}(" in text
+    assert re.search(rf"``(activation\()?torch\.nn\.functional\.{op}\(", text)
     assert re.search(r"^Formula::\n\n    .*=", text, re.M)
     assert re.search(r"^where\n    - ", text, re.M)
     arguments = text[text.index("Args:") : text.index("Returns:")]

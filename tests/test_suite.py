@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from backend_under_test import BACKENDS, cases_for
-from cases import DATA, LAYOUTS, covering
+from cases import CHANNEL_LAYOUTS, DATA, LAYOUTS, covering
 from criterion import Exact, Rejected, budget, check
-from specs import SPECS
+from specs import ROW_NORMS, SPECS
 from suite import OpSpec, cases, same_bits, unwritten_memory_is_nan
 
 pytestmark = pytest.mark.backend_independent
@@ -87,7 +89,7 @@ def test_a_store_that_leans_is_found(rounded_to: torch.rounded_to, direction: st
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_pair_of_levels_meets_in_a_case(spec: OpSpec) -> None:
-    factors = {"size": spec.sizes, "mix": spec.mixes, "layout": list(LAYOUTS), "data": list(DATA)}
+    factors = {"size": spec.sizes, "mix": spec.mixes, "layout": list(spec.layouts), "data": list(DATA)}
     chosen = covering(factors)
     for one, other in itertools.combinations(factors, 2):
         met = {(str(choice[one]), str(choice[other])) for choice in chosen}
@@ -99,10 +101,15 @@ def test_every_pair_of_levels_meets_in_a_case(spec: OpSpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_backend_is_spared_a_hidden_size(spec: OpSpec, backend: str) -> None:
-    served = {case.size.shape[-1] for case in cases_for(spec, backend, "cpu", None)}
-    assert served == {size.shape[-1] for size in spec.sizes}
-    assert served >= {1, 2, 3, 17, 127, 129, 255, 257, 1000, 8193}
+def test_no_backend_is_spared_a_size(spec: OpSpec, backend: str) -> None:
+    served = {case.size for case in cases_for(spec, backend, "cpu", None)}
+    assert served == set(spec.sizes)
+    if spec in ROW_NORMS:
+        assert {size.shape[-1] for size in served} >= {1, 2, 3, 17, 127, 129, 255, 257, 1000, 8193}
+    else:
+        assert {size.shape[1] for size in served} >= {1, 3, 8, 17, 64, 130}
+        assert {math.prod(size.shape[2:]) for size in served} >= {1, 3, 49, 64, 257}
+        assert {len(size.shape) for size in served} == {2, 3, 4, 5}
     only = cases_for(spec, backend, "cpu", "bfloat16")
     assert {case.mix.input for case in only} == {torch.bfloat16}
 
@@ -113,11 +120,17 @@ def test_cases_have_names_of_their_own(spec: OpSpec) -> None:
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
-def test_layouts_keep_shape_dtype_and_what_they_can_of_the_values(name: str) -> None:
-    for shape in ((4, 6), (2, 3, 4), (5,), (0, 3), (1, 1)):
+@pytest.mark.parametrize(
+    ("layouts", "name"),
+    [(layouts, name) for layouts in (LAYOUTS, CHANNEL_LAYOUTS) for name in layouts],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_layouts_keep_shape_dtype_and_what_they_can_of_the_values(layouts: Any, name: str) -> None:
+    for shape in ((4, 6), (2, 3, 4), (5,), (0, 3), (1, 1), (2, 3, 4, 5), (2, 0, 3)):
+        if len(shape) < 2 and layouts is CHANNEL_LAYOUTS:
+            continue
         values = torch.randn(shape).half()
-        laid_out = LAYOUTS[name](values)
+        laid_out = layouts[name](values)
         assert (laid_out.shape, laid_out.dtype) == (values.shape, values.dtype)
         assert laid_out.isfinite().all()
         if name not in ("expanded", "scalar"):

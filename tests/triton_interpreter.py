@@ -5,6 +5,7 @@ where a masked load names no ``other`` (a GPU reads anything), and notices neith
 one. ``install`` replaces the functions in which it does so:
 
 - fp32 becomes bf16 by rounding to nearest, ties to even;
+- a fused multiply-add of fp32 rounds once;
 - arithmetic, reductions and conversions that would be computed on the raw bits of bf16 raise ``Unfaithful``;
 - every lane of every load and store must hit an element of one of the tensors passed to the launch: not the storage
   around a view, not the gap between the rows of a slice; else ``OutOfBounds``;
@@ -197,6 +198,24 @@ def _refuse_bf16(original: Callable[..., Any]) -> Callable[..., Any]:
     return compute
 
 
+def _fused(original: Callable[..., Any]) -> Callable[..., Any]:
+    refused = _refuse_bf16(original)
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar != tl.float32:
+            return refused(self, x, y, z)
+        # In float64 the product is exact. The sum is not: rounded to odd, it can be rounded once more.
+        product, addend = x.data.astype(np.float64) * y.data, z.data.astype(np.float64)
+        total = product + addend
+        other = total - product
+        error = (product - (total - other)) + (addend - other)
+        inexact = np.isfinite(error) & (error != 0) & (total.view(np.int64) % 2 == 0)
+        odd = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+        return interpreter.TensorHandle(np.where(inexact, odd, total).astype(np.float32), z.dtype.scalar)
+
+    return create_fma
+
+
 def _cast(original: Callable[..., Any]) -> Callable[..., Any]:
     def cast(self: Any, source: Any, target: Any) -> Any:
         types = {source.dtype.scalar, target.scalar}
@@ -326,7 +345,7 @@ _REPLACEMENTS: tuple[tuple[Any, str, Callable[..., Any], tuple[str, ...]], ...] 
     (interpreter, "_patch_lang_tensor", _patched_tensor, ("tensor", "scope")),
     (interpreter.InterpreterBuilder, "binary_op", _refuse_bf16, ("self", "lhs", "rhs", "op")),
     (interpreter.InterpreterBuilder, "unary_op", _refuse_bf16, ("self", "arg", "op")),
-    (interpreter.InterpreterBuilder, "create_fma", _refuse_bf16, ("self", "x", "y", "z")),
+    (interpreter.InterpreterBuilder, "create_fma", _fused, ("self", "x", "y", "z")),
     (interpreter.InterpreterBuilder, "create_rsqrt", _refuse_bf16, ("self", "arg")),
     (interpreter.InterpreterBuilder, "create_dot", _refuse_bf16, ("self", "a", "b", "d")),
     (interpreter.InterpreterBuilder, "cast_impl", _cast, ("self", "src", "dst_type")),
@@ -384,11 +403,14 @@ def _probe(
     target_size: tl.tensor,
     OTHER: tl.constexpr,  # noqa: N803
     BF16: tl.constexpr,  # noqa: N803
+    FMA: tl.constexpr = False,  # noqa: N803
 ) -> None:
     offsets = tl.arange(0, 8)
     values = tl.load(source + offsets, mask=offsets < size, other=OTHER)
     if BF16:
         values = values.to(tl.bfloat16) + values.to(tl.bfloat16)
+    if FMA:
+        values = tl.fma(values, values, -1.0)
     tl.store(target + offsets, values.to(target.dtype.element_ty), mask=offsets < target_size)
 
 
@@ -408,8 +430,12 @@ def prove() -> None:
     with traffic() as counted:
         _probe[(1,)](source, rounded, 5, 5, 0.0, False)
     _probe[(1,)](source, poisoned, 5, 8, None, False)
+    # (1 + 2^-12)^2 - 1 has as many digits as the product, of which the last is lost if that is rounded.
+    fused, factors = torch.zeros(8), torch.full((5,), 1 + 2**-12)
+    _probe[(1,)](factors, fused, 5, 5, 0.0, False, True)
     found = {
         "fp32 is rounded to bf16": rounded[:2].tolist() == [1 + 2**-7, 1.0],
+        "a fused multiply-add rounds once": fused[0].item() == 2**-11 + 2**-24,
         "loads are counted": counted.loads == {("_probe", "source"): 20},
         "stores are counted": counted.stores == {("_probe", "target"): 10},
         "masked lanes without other are poisoned": bool(poisoned[5:].isnan().all()),

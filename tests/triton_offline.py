@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -24,7 +24,12 @@ from bench.static_evidence import machine_code
 from fastreg.backends.triton import _device, layer_norm
 
 ARCHITECTURES = (80, 90, 100, 120)
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
 
 
 @dataclass(frozen=True)
@@ -136,20 +141,31 @@ LOADED = {
     "normalize_looped": ("input", "input"),
     "project_looped": ("grad_output", "input"),
     "differentiate": ("grad_output", "input"),
+    "moments": ("input",),
+    "normalize_channels": ("input", "residual"),
+    "normalize_slab": ("input", "residual"),
+    "sum_gradients": ("grad_output", "input", "residual"),
+    "differentiate_channels": ("grad_output", "input", "residual"),
+    "differentiate_slab": ("grad_output", "input", "residual"),
 }
 STORED = {
     "normalize_resident": ("output",),
     "normalize_looped": ("output",),
     "differentiate": ("grad_input",),
+    "normalize_channels": ("output",),
+    "normalize_slab": ("output",),
+    "sum_gradients": ("grad_input", "grad_residual"),
+    "differentiate_channels": ("grad_input", "grad_residual"),
+    "differentiate_slab": ("grad_input", "grad_residual"),
 }
 
 
 def wide_accesses(launch: Launch) -> tuple[int, int]:
     """How many 16-byte loads and stores of activations a thread makes for a tile; 0 where nothing is aligned."""
     name, arguments = launch.kernel.__name__, launch.arguments
-    if arguments["VECTOR"] < 8:
+    if arguments.get("VECTOR", 0) < 8:
         return 0, 0
-    loaded = LOADED.get(name, ())
+    loaded = tuple(each for each in LOADED.get(name, ()) if arguments[each] is not None)
     stored = tuple(each for each in STORED.get(name, ()) if arguments[each] is not None)
     if name == "differentiate" and not stored and arguments["partial_weight"] is None:
         loaded = ("grad_output",)
@@ -240,19 +256,25 @@ SHAPES = (
 )
 
 
-def examine(shape: Shape, architecture: int) -> list[Compiled]:
+class Compilable(Protocol):
+    """What can be compiled: a call, and the name by which tests and tables know it."""
+
+    def launches(self) -> list[Launch]: ...
+
+
+def examine(shape: Compilable, architecture: int) -> list[Compiled]:
     return [compile_launch(launch, architecture) for launch in shape.launches()]
 
 
 # --- every core of the machine -------------------------------------------------------------------------------------
 
 
-Compilations = dict[tuple[Shape, int], "Future[list[Compiled]]"]
+Compilations = dict[tuple[Any, int], "Future[list[Compiled]]"]
 
 _asked: Compilations = {}
 
 
-def compilations(wanted: Iterable[tuple[Shape, int]]) -> Compilations:
+def compilations(wanted: Iterable[tuple[Compilable, int]]) -> Compilations:
     """What becomes of these shapes on these architectures; nothing is compiled twice in a process.
 
     Raises:

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -18,7 +19,7 @@ from bench.gpu.stage import Outcome, Settings, one_line, write_json
 STAGES: dict[str, Callable[[Settings], Outcome]] = {
     "tests": suite.stage,
     "sanitize": sanitize.stage,
-    "bench": benchmark.stage,
+    **{name: partial(benchmark.stage, name) for name in benchmark.STAGES},
 }
 # Of the ten minutes that a stage may take, its last reports and a hung process's end included.
 LIMIT = 510.0
@@ -53,9 +54,7 @@ def _optional(kind: Callable[[str], object]) -> Callable[[str], object]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options; make passes all of them, empty where they were not given."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
-    parser.add_argument(
-        "--stage", type=_stages, default="all", help="tests, sanitize or bench; all if not given"
-    )
+    parser.add_argument("--stage", type=_stages, default="all", help=f"{', '.join(STAGES)}; all if not given")
     parser.add_argument(
         "--device", type=_device, default="cuda", help="cpu: rehearse the stages without a GPU"
     )

@@ -1,4 +1,4 @@
-"""Stage "bench": runs bench/gpu/timing.py under the deadline and reports every kernel against the copy bandwidth."""
+"""Stages "bench" and "bench_batch_norm": run bench/gpu/timing.py in time, report kernels against the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from bench.gpu.process import run
 from bench.gpu.stage import Outcome, Settings, one_line, table, write_log
 from bench.gpu.suite import environment
 
-# 36 cases of nine shapes take torch.compile and the gate some ten seconds each, and the rounds this on top.
-_SECONDS = 2.0
+# Seconds for the rounds of a case. 36 cases of nine shapes of the norms over rows take torch.compile and the gate some
+# ten seconds each on top; batch norm has 192, and time for torch.compile in a few of them only.
+STAGES = {"bench": (("layer_norm", "rms_norm"), 2.0), "bench_batch_norm": (("batch_norm",), 0.5)}
 _REHEARSED_SECONDS = 0.1
 # For the host's cost after the cases, and for the process to end.
 _RESERVE = 30.0
 _OURS = ("triton", "native")
 _OTHERS = ("eager", "compile", "reference")
+# More lines than this are not read by anybody: the rest is in the document.
+_MOST_CASES = 40
 
 
 def _share(value: float | None) -> str:
@@ -32,13 +35,14 @@ def _times(value: float | None) -> str:
 
 def case_rows(document: dict[str, Any]) -> Iterator[list[object]]:
     """A row a case: of every provider what it moves forward and backward, over the copy bandwidth."""
+    from fastreg.cli.workloads import describe
+
     copy = document["large_copy"]["gigabytes_per_second"]
-    by_case: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    by_case: dict[str, dict[str, dict[str, Any]]] = {}
     for record in document["cases"]:
-        key = (record["op"], record["dtype"], f"{record['rows']}x{record['hidden_size']}")
-        by_case.setdefault(key, {})[record["direction"]] = record["providers"]
-    for names, directions in by_case.items():
-        row: list[object] = [" ".join(names)]
+        by_case.setdefault(describe(record), {})[record["direction"]] = record["providers"]
+    for name_of_case, directions in by_case.items():
+        row: list[object] = [name_of_case]
         for name in (*_OURS, *_OTHERS):
             for direction in ("forward", "backward"):
                 rate = directions[direction].get(name, {}).get("gigabytes_per_second")
@@ -56,8 +60,9 @@ CASE_HEADINGS = (
 
 
 def mean_rows(document: dict[str, Any]) -> Iterator[list[object]]:
-    """A row for each op, dtype and direction, and one for each op and all: our backends over the others."""
+    """A row for each call, layout, dtype and direction, and one for each op: our backends over the others."""
     from fastreg.cli import summary
+    from fastreg.cli.workloads import title
 
     copy = document["large_copy"]["gigabytes_per_second"]
 
@@ -73,9 +78,12 @@ def mean_rows(document: dict[str, Any]) -> Iterator[list[object]]:
         return cells
 
     records = document["cases"]
-    kinds = dict.fromkeys((each["op"], each["dtype"], each["direction"]) for each in records)
-    for kind in kinds:
-        yield row(" ".join(kind), [r for r in records if (r["op"], r["dtype"], r["direction"]) == kind])
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        name = " ".join((title(record), record["dtype"], record["direction"]))
+        kinds.setdefault(name, []).append(record)
+    for name, alike in kinds.items():
+        yield row(name, alike)
     for op in dict.fromkeys(each["op"] for each in records):
         yield row(f"{op}, all", [record for record in records if record["op"] == op])
     yield row("everything", records)
@@ -87,19 +95,21 @@ MEAN_HEADINGS = (
 )
 
 
-def stage(settings: Settings) -> Outcome:
-    """Measure and report."""
+def stage(name: str, settings: Settings) -> Outcome:
+    """Measure the ops of one of the stages and report."""
     machine, out = settings.machine, settings.out
-    log = WORK / "bench" / "timing.log"
+    ops, seconds = STAGES[name]
+    log = WORK / name / "timing.log"
     log.unlink(missing_ok=True)
-    outcome = Outcome("bench")
+    outcome = Outcome(name)
     command: list[str | Path] = [sys.executable, "-m", "bench.gpu.timing", "--device", machine.device]
-    command += ["--out", out, "--seconds", str(_REHEARSED_SECONDS if machine.rehearsal else _SECONDS)]
+    command += ["--out", out, "--seconds", str(_REHEARSED_SECONDS if machine.rehearsal else seconds)]
+    command += ["--ops", ",".join(ops)]
     command += ["--left", f"{max(0.0, settings.deadline.left - _RESERVE):.0f}"]
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
     variables = {**environment(machine), "OMP_NUM_THREADS": str(max(1, machine.cores // 2))}
     finished = run(command, log, settings.deadline, variables)
-    write_log(out / "bench.log", [WORK / "build.log", log])
+    write_log(out / f"{name}.log", [WORK / "build.log", log])
     written = [path for path in out.glob("*/*.json") if before.get(path) != path.stat().st_mtime_ns]
     if finished.code == 3 or finished.stopped:
         outcome.unfinished.append(f"{finished.stopped or 'some cases did not fit'}: {finished.last_lines(1)}")
@@ -111,7 +121,8 @@ def stage(settings: Settings) -> Outcome:
         outcome.problems.append("no case was measured")
         return outcome
     path = max(written, key=lambda each: each.stat().st_mtime_ns)
-    report(json.loads(path.read_text()), outcome)
+    document = json.loads(path.read_text())
+    report({**document, "cases": [each for each in document["cases"] if each["op"] in ops]}, outcome)
     where = path.relative_to(out)
     if machine.rehearsal:
         outcome.summary.append(f"saved {where}, a rehearsal: no result of any machine")
@@ -119,7 +130,8 @@ def stage(settings: Settings) -> Outcome:
         outcome.summary.append(
             f"saved {where}; copied into bench/results/, `python -m bench.report` shows it"
             if "-partial" not in where.name
-            else f"saved {where}, which lacks cases: bench/results/ takes complete ones only"
+            else f"saved {where}, which lacks cases: bench/results/ takes complete ones only. The stages "
+            f"{' and '.join(STAGES)} go on with it, on the same day and with the same OUT"
         )
     return outcome
 
@@ -130,7 +142,10 @@ def report(document: dict[str, Any], outcome: Outcome) -> None:
 
     copy = document["large_copy"]
     legend, *headings = CASE_HEADINGS
-    outcome.summary += [legend, *table(("", *headings), list(case_rows(document)))]
+    rows = list(case_rows(document))
+    outcome.summary += [legend, *table(("", *headings), rows[:_MOST_CASES])]
+    if len(rows) > _MOST_CASES:
+        outcome.summary.append(f"... and {len(rows) - _MOST_CASES} more cases in the document")
     outcome.summary += table(MEAN_HEADINGS, list(mean_rows(document)))
     outcome.summary += [f"not timed: {one_line(each)}" for each in summary.untimed(document)[:6]]
     unrest = summary.unrest(document)

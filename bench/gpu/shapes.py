@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import suite
 from cases import Case, Mix, Size
+from channel_norms import BATCH_NORM
 from criterion import Rejected, check
 from fastreg import backends
 from norms import LAYER_NORM, RMS_NORM
@@ -36,6 +38,34 @@ class Shape:
     columns: int
     dtype: torch.dtype = BF16
     aligned: bool = True
+
+    def case(self, spec: suite.OpSpec, mixed: bool) -> Case:
+        """The case, with parameters of other dtypes if ``mixed``."""
+        dtypes = (F32, BF16) if mixed else (self.dtype,) * 2
+        mix = Mix((self.dtype, *dtypes[: len(spec.parameters)]))
+        size = Size((self.rows, self.columns), {"normalized_shape": (self.columns,)})
+        return suite.plain_case(spec, size, mix)
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Samples of channels of something, likewise; ``options`` are batch norm's."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = BF16
+    layout: str = "contiguous"
+    options: dict[str, Any] = field(default_factory=dict)
+    residual: bool = True
+    aligned: bool = True
+
+    def case(self, spec: suite.OpSpec, mixed: bool) -> Case:
+        """The case, with parameters and running statistics of other dtypes if ``mixed``."""
+        dtypes = (F32, BF16, F32, F32) if mixed else (self.dtype,) * 4
+        mix = Mix((self.dtype, self.dtype if self.residual else None, *dtypes))
+        size = Size(self.shape, {"training": True, **self.options})
+        wanted = spec.differentiable if self.residual else ("input", *spec.parameters)
+        layouts = dict.fromkeys(("layout", "grad_layout", "companion_layout"), self.layout)
+        return suite.plain_case(spec, size, mix, wanted=wanted, **layouts)
 
 
 # For some 130 multiprocessors and clusters (sm_90): what the plan of csrc/cuda/layer_norm_plan.h makes of them.
@@ -64,39 +94,64 @@ SHAPES: tuple[Shape, ...] = (
 )
 REHEARSED = (Shape(5, 8), Shape(3, 131), Shape(2, 1000, F32))
 
+LAST = "channels_last"
+RELU, SILU = {"activation": "relu"}, {"activation": "silu"}
+EVALUATION = {"training": False}
+# What csrc/cuda/batch_norm_plan.h and batch_norm_resident_plan.h make of them.
+MAPS: tuple[Maps, ...] = (
+    Maps((4, 8, 8, 8), options=RELU),  # planes on chip, a block a channel
+    Maps((5, 3, 7, 7), F32, residual=False),  # odd planes
+    Maps((32, 140, 14, 14), options=RELU),  # more channels than multiprocessors
+    Maps((8, 4, 56, 56), F32, options=SILU),  # a cluster a channel, since there are few
+    Maps((64, 3, 48, 48), F16, options=RELU),  # a cluster a channel, since it is long
+    Maps((6, 2, 400, 400), options=RELU),  # streamed, many blocks a channel
+    Maps((6, 2, 301, 301), F32, residual=False, options=RELU, aligned=False),
+    Maps((4, 8, 9, 9), options={**EVALUATION, **RELU}),
+    Maps((6, 5, 16, 16), F32, options=EVALUATION, residual=False),
+    Maps((128, 64), F16, options=RELU),  # rows, a block
+    Maps((65, 17), F32, residual=False),  # odd rows
+    Maps((8, 64, 14, 14), layout=LAST, options=RELU),  # rows on chip, blocks that wait for each other
+    Maps((16, 256, 14, 14), F32, layout=LAST, options=SILU),
+    Maps((16, 320, 7, 7), F16, layout=LAST, residual=False),
+    Maps((4, 131, 9, 9), layout=LAST, options=RELU),  # streamed, one-element packs
+    Maps((4, 72, 9, 9), F32, layout=LAST, options={**EVALUATION, **SILU}),
+    Maps((40, 16, 10, 10), layout=LAST, options=RELU, aligned=False),
+)
+REHEARSED_MAPS = (Maps((3, 8, 4, 4), options=RELU), Maps((3, 8, 3, 5), F32, layout=LAST, residual=False))
+
 
 def copied(values: torch.Tensor, device: str, aligned: bool) -> torch.Tensor:
     """The values on the device, by copies alone."""
-    if aligned:
-        return values.contiguous().to(device)
-    flat = torch.cat((values.new_zeros(1), values.flatten()))
-    return flat.to(device)[1:].view(values.shape)
+    offset = 0 if aligned else 1
+    # In the order in which they lie in memory, without gaps.
+    lying = values.as_strided((values.numel(),), (1,))
+    flat = torch.cat((values.new_zeros(offset), lying)).to(device)
+    return flat.as_strided(values.shape, values.stride(), offset)
 
 
-def cases(spec: suite.OpSpec, shapes: tuple[Shape, ...]) -> Iterator[tuple[str, Case, Shape]]:
+def cases(
+    spec: suite.OpSpec, shapes: tuple[Shape, ...] | tuple[Maps, ...]
+) -> Iterator[tuple[str, Case, Shape | Maps]]:
     """Every shape, with parameters of the input's dtype and of others in turn."""
     for place, shape in enumerate(shapes):
-        mixed = (F32, BF16) if place % 2 else (shape.dtype,) * 2
-        mix = Mix((shape.dtype, *mixed[: len(spec.parameters)]))
-        size = Size((shape.rows, shape.columns), {"normalized_shape": (shape.columns,)})
-        case = suite.plain_case(spec, size, mix)
+        case = shape.case(spec, mixed=place % 2 == 1)
         yield f"{spec.name} {case}{'' if shape.aligned else ' unaligned'}", case, shape
         if place % 5 == 0:
             name = f"{spec.name} {case} input alone"
             yield name, replace(case, wanted=("input",)), shape
 
 
-def run(spec: suite.OpSpec, case: Case, shape: Shape, device: str) -> None:
+def run(spec: suite.OpSpec, case: Case, aligned: bool, device: str) -> None:
     """One case, forward and backward, or Rejected."""
     here = suite.make_tensors(spec, case)
     there = {
-        name: None if values is None else copied(values, device, shape.aligned)
-        for name, values in here.items()
+        name: None if values is None else copied(values, device, aligned) for name, values in here.items()
     }
     results, saved = suite.run_operators(spec, case, there)
     exact = spec.exact(case, here)
     # Parts of a tensor are cut out on the CPU.
-    for key, result in {**results, **spec.split_saved(saved.cpu())}.items():
+    saved = [each.cpu() for each in saved] if isinstance(saved, list | tuple) else saved.cpu()
+    for key, result in {**results, **spec.split_saved(saved)}.items():
         check(key, result.cpu(), exact[key])
 
 
@@ -106,20 +161,20 @@ def main() -> int:
     parser.add_argument("--backend", choices=("native", "triton"), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    shapes = SHAPES
+    shapes, maps = SHAPES, MAPS
     if options.device == "cpu":
-        shapes = REHEARSED
+        shapes, maps = REHEARSED, REHEARSED_MAPS
         if options.backend == "triton":
             import triton_interpreter
 
             triton_interpreter.install()
     count, wrong = 0, 0
     with backends.use(options.backend), torch.no_grad():
-        for spec in (LAYER_NORM, RMS_NORM):
-            for name, case, shape in cases(spec, shapes):
+        for spec, chosen in ((LAYER_NORM, shapes), (RMS_NORM, shapes), (BATCH_NORM, maps)):
+            for name, case, shape in cases(spec, chosen):
                 count += 1
                 try:
-                    run(spec, case, shape, options.device)
+                    run(spec, case, shape.aligned, options.device)
                 except Rejected as rejection:
                     wrong += 1
                     print(f"wrong: {name}: {rejection}", flush=True)

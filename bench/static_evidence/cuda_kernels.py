@@ -13,6 +13,7 @@ import torch
 from bench.static_evidence import ROOT, machine_code
 from bench.static_evidence.record import Launch, Record, Table, record
 from cuda_sim import backend
+from fastreg import _activations
 
 LIBRARY = ROOT / "fastreg" / "lib" / "libfastreg_cuda.so"
 LOGS = ROOT / "build" / "ptxas"
@@ -25,6 +26,34 @@ HIDDEN = (
     *(10240, 12288, 14336, 16384, 20480, 24576, 28672, 32768, 49152, 65536, 98304, 131072, 262144),
     *(1, 3, 17, 127, 257, 1002, 4095, 8193, 16387),
 )
+# (channels, height and width): the norms of ResNet-50, with EfficientNet's and ConvNeXt's between them.
+CHANNELS = (
+    *(
+        (64, 112),
+        (32, 112),
+        (96, 112),
+        (64, 56),
+        (256, 56),
+        (144, 56),
+        (96, 56),
+        (128, 28),
+        (512, 28),
+        (240, 28),
+    ),
+    *(
+        (256, 14),
+        (1024, 14),
+        (672, 14),
+        (112, 14),
+        (512, 7),
+        (2048, 7),
+        (1152, 7),
+        (768, 7),
+        (1024, 1),
+        (1001, 1),
+    ),
+)
+SAMPLES = (1, 32, 256)
 MOST_ELEMENTS = 1 << 28  # of a tensor: nothing of it is touched, but an allocator may refuse more
 
 
@@ -46,6 +75,34 @@ def _call_all(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> None
     backend.rms_norm_bwd(input, input, 1, torch.empty(rows), weight, (True, True))
 
 
+def _call_batch_norm(
+    samples: int, channels: int, side: int, rows: bool, dtype: torch.dtype, aligned: bool
+) -> None:
+    """Training and evaluation, forward and backward, with the residual's signs and the residual itself; the halves."""
+    elements = _rows(samples * channels, side * side, dtype, aligned)
+    input = (
+        elements.view(samples, side, side, channels).permute(0, 3, 1, 2)
+        if rows
+        else elements.view(samples, channels, side, side)
+    )
+    vector, statistics, everything = torch.empty(channels), torch.empty(2, channels), (True, True, True, True)
+    for activation in (_activations.NAMES.index("relu"), _activations.NAMES.index("silu")):
+        operands = (input, input, vector, vector)
+        _, _, signs = backend.batch_norm_fwd(
+            *operands, vector, vector, 0.1, 1e-5, activation, 0.0, False, True
+        )
+        backend.batch_norm_eval(*operands, vector, vector, 1e-5, activation, 0.0, False)
+        residual, kept = (None, signs) if signs.numel() else (input, None)
+        given = (input, input, residual, kept, statistics, vector, vector)
+        for training in (True, False):
+            backend.batch_norm_bwd(*given, training, activation, 0.0, everything)
+    backend.batch_norm_fwd(input, None, vector, vector, vector, vector, 0.1, 1e-5, 1, 0.0, False, True)
+    backend.batch_norm_bwd(input, input, None, None, statistics, vector, vector, True, 1, 0.0, everything)
+    backend.batch_norm_moments(input)
+    backend.batch_norm_sums(*given, activation, 0.0)
+    backend.batch_norm_bwd_apply(*given, statistics, activation, 0.0, (True, True))
+
+
 def launches(architecture: int) -> dict[str, set[Launch]]:
     """How each kernel is launched at realistic problems, by the launch code itself, run by the simulator."""
     found: dict[str, set[Launch]] = defaultdict(set)
@@ -56,6 +113,12 @@ def launches(architecture: int) -> dict[str, set[Launch]]:
             if rows * hidden <= MOST_ELEMENTS:
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     _call_all(rows, hidden, dtype, aligned)
+        for samples, (channels, side), rows, aligned in product(
+            SAMPLES, CHANNELS, (True, False), (True, False)
+        ):
+            if samples * channels * side * side <= MOST_ELEMENTS:
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    _call_batch_norm(samples, channels, side, rows, dtype, aligned)
         for each in backend.launches():
             found[each.kernel].add(Launch(each.threads, each.dynamic_shared_bytes, each.cluster))
     return dict(found)

@@ -1,4 +1,4 @@
-"""The table of the Triton kernels: every configuration that tests/triton_offline.py compiles."""
+"""The table of the Triton kernels: every configuration that the tests compile (tests/triton_offline.py)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import triton
 from bench.static_evidence.machine_code import Resources
 from bench.static_evidence.occupancy import WARP
 from bench.static_evidence.record import Launch, Record, Table, record
-from triton_offline import ARCHITECTURES, SHAPES, Shape, compilations
+from triton_batch_norm_offline import LAYERS
+from triton_offline import ARCHITECTURES, SHAPES, Compilable, compilations
 
 
 def records(
-    shapes: Iterable[Shape] = SHAPES, architectures: Iterable[int] = ARCHITECTURES
+    shapes: Iterable[Compilable] = (*SHAPES, *LAYERS), architectures: Iterable[int] = ARCHITECTURES
 ) -> Iterator[Record]:
     """Of every launch of every shape.
 

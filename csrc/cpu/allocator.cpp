@@ -148,15 +148,32 @@ bool is_resident(const void* data, int64_t bytes) {
   return true;
 }
 
-Tensor new_pooled(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, int64_t bytes,
-                  const char* op) {
-  int64_t strides[maximum_dimensions];
-  contiguous_strides(sizes, dimensions, strides);
+// A tensor of `bytes` bytes that is about to be made.
+struct Layout {
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dimensions;
+  int32_t dtype;
+  Device device;
+  int64_t bytes;
+};
+
+Tensor new_from_torch(const Layout& layout, const char* op) {
+  AtenTensorHandle handle = nullptr;
+  check_call(aoti_torch_empty_strided(layout.dimensions, layout.sizes, layout.strides, layout.dtype,
+                                      layout.device.type, layout.device.index, &handle),
+             op, "allocate an output");
+  return Tensor(handle);
+}
+
+Tensor new_pooled(const Layout& layout, const char* op) {
+  const int64_t bytes = block_bytes(layout.bytes);
   void* const data = BlockPool::get().allocate(bytes);
   AtenTensorHandle handle = nullptr;
   const AOTITorchError status = torch_from_blob(
-      data, dimensions, sizes, strides, 0, torch_dtype(dtype), device.type, device.index, &handle,
-      aoti_torch_layout_strided(), nullptr, 0, release_block, reinterpret_cast<void*>(bytes));
+      data, layout.dimensions, layout.sizes, layout.strides, 0, layout.dtype, layout.device.type,
+      layout.device.index, &handle, aoti_torch_layout_strided(), nullptr, 0, release_block,
+      reinterpret_cast<void*>(bytes));
   if (status != 0) {
     BlockPool::get().release(data, bytes);
   }
@@ -164,20 +181,30 @@ Tensor new_pooled(const int64_t* sizes, int64_t dimensions, DType dtype, Device 
   return Tensor(handle);
 }
 
+Tensor new_from_either(const Layout& layout, const char* op) {
+  if (layout.bytes < large_output) {
+    Tensor output = new_from_torch(layout, op);
+    if (layout.bytes < minimum_pooled || is_resident(data_of(output, op), layout.bytes)) {
+      return output;
+    }
+  }
+  return new_pooled(layout, op);
+}
+
 }  // namespace
 
-Tensor new_output(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, const char* op) {
+Tensor new_output(const int64_t* sizes, const int64_t* strides, int64_t dimensions, DType dtype, Device device,
+                  const char* op) {
   int64_t bytes = element_size(dtype);
   for (int64_t dimension = 0; dimension < dimensions; ++dimension) {
     bytes *= sizes[dimension];
   }
-  if (bytes < large_output) {
-    Tensor output = new_tensor(sizes, dimensions, dtype, device, op);
-    if (bytes < minimum_pooled || is_resident(data_of(output, op), bytes)) {
-      return output;
-    }
-  }
-  return new_pooled(sizes, dimensions, dtype, device, block_bytes(bytes), op);
+  return new_from_either({sizes, strides, dimensions, torch_dtype(dtype), device, bytes}, op);
+}
+
+Tensor new_bytes(int64_t count, Device device, const char* op) {
+  const int64_t stride = 1;
+  return new_from_either({&count, &stride, 1, aoti_torch_dtype_uint8(), device, count}, op);
 }
 
 Scratch::~Scratch() {

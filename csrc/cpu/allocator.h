@@ -20,8 +20,19 @@ namespace fastreg {
 // From this size on an output does not stay in the caches: it is written past them, into a recycled block.
 constexpr int64_t large_output = int64_t{16} << 20;
 
-// A fresh contiguous CPU tensor, uninitialised.
-Tensor new_output(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, const char* op);
+// A fresh dense CPU tensor with these strides, uninitialised.
+Tensor new_output(const int64_t* sizes, const int64_t* strides, int64_t dimensions, DType dtype, Device device,
+                  const char* op);
+
+// A contiguous one.
+inline Tensor new_output(const int64_t* sizes, int64_t dimensions, DType dtype, Device device, const char* op) {
+  int64_t strides[maximum_dimensions];
+  contiguous_strides(sizes, dimensions, strides);
+  return new_output(sizes, strides, dimensions, dtype, device, op);
+}
+
+// `count` bytes as a vector of uint8.
+Tensor new_bytes(int64_t count, Device device, const char* op);
 
 // Working memory of one call, aligned to a cache line.
 class Scratch {

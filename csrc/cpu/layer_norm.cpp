@@ -7,72 +7,23 @@
 #include "layer_norm.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <bit>
-#include <limits>
 #include <tuple>
 #include <vector>
 
-#include "allocator.h"
+#include "door.h"
 #include "layer_norm_launch.h"
-#include "parameters.h"
 
 namespace fastreg {
 namespace {
-
-// Below this many elements one thread is done before a second one has woken up.
-constexpr int64_t serial_elements = 32768;
-
-using torch::stable::parallel_for;
-
-int64_t thread_count(int64_t elements) {
-  return elements <= serial_elements ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
-}
-
-// Columns of a parameter that one thread takes at a time.
-constexpr int64_t strip_columns = 512;
-
-int64_t parts_of(int64_t count, int64_t part) { return (count + part - 1) / part; }
-
-// Calls body(begin, end) over [0, count), split among the threads unless there is just one.
-template <class Body>
-void split(int64_t count, int64_t threads, const Body& body) {
-  if (threads == 1) {
-    body(0, count);
-  } else {
-    parallel_for(0, count, 1, body);
-  }
-}
 
 const NormKernels& kernels_for(NormKind kind, DType dtype) {
   const int index = static_cast<int>(dtype);
   return kind == NormKind::layer ? FASTREG_SIMD_VARIANT(layer_norm_kernels)[index]
                                  : FASTREG_SIMD_VARIANT(rms_norm_kernels)[index];
 }
-
-// A parameter as the kernels want it: an fp32 row (fp64 for fp64), widened here where it is a 16-bit one.
-class ParameterRow {
- public:
-  ParameterRow(const VectorView& parameter, int64_t count) : data_(parameter.data) {
-    if (parameter.given && element_size(parameter.dtype) == 2) {
-      float* widened = static_cast<float*>(scratch_.reserve(count * static_cast<int64_t>(sizeof(float))));
-      const ParameterKernels& kernels = FASTREG_SIMD_VARIANT(parameter_kernels);
-      split(parts_of(count, strip_columns), thread_count(count), [&](int64_t begin, int64_t end) {
-        kernels.widen(parameter.dtype, parameter.data, widened, begin * strip_columns,
-                      std::min(end * strip_columns, count));
-      });
-      data_ = widened;
-    }
-  }
-
-  const void* data() const { return data_; }
-
- private:
-  Scratch scratch_;
-  const void* data_;
-};
 
 // A row of statistics inside the statistics tensor, (2, rows) for layer norm and (rows,) for rms norm.
 struct StatisticsRows {
@@ -88,22 +39,8 @@ StatisticsRows statistics_rows(NormKind kind, const void* data, const RowView& i
   return {bytes, bytes + input.rows * element_size(accumulation_dtype(input.dtype))};
 }
 
-// The statistics of rows without elements: a mean of nothing.
-void fill_nan(void* statistics, int64_t count, DType dtype) {
-  if (dtype == DType::Float64) {
-    std::fill_n(static_cast<double*>(statistics), count, std::numeric_limits<double>::quiet_NaN());
-  } else {
-    std::fill_n(static_cast<float*>(statistics), count, std::numeric_limits<float>::quiet_NaN());
-  }
-}
-
-// Whether an output goes past the caches: from this size on its reader, whoever that is, does not find it
-// there anyway. (A norm and its reader together: slower at 8 MB, equal at 16 MB, a tenth faster at 64 MB.)
-bool streams(const void* output, const RowView& rows) {
-  constexpr int64_t line = 64;
-  const int64_t row_bytes = rows.hidden * element_size(rows.dtype);
-  return rows.rows * row_bytes >= large_output && row_bytes % line == 0 &&
-         reinterpret_cast<uintptr_t>(output) % line == 0;
+bool rows_stream(const void* output, const RowView& rows) {
+  return streams(output, rows.rows, rows.hidden * element_size(rows.dtype));
 }
 
 // --- forward -----------------------------------------------------------------------------------------------
@@ -156,14 +93,6 @@ void run_backward(const NormKernels& kernels, const NormBackward& norm, int64_t 
   split(chunks, threads, [&](int64_t begin, int64_t end) { kernels.backward_chunks(norm, begin, end); });
 }
 
-void reduce_partials(const void* partials, int64_t chunks, int64_t hidden, DType dtype, void* target) {
-  const ParameterKernels& kernels = FASTREG_SIMD_VARIANT(parameter_kernels);
-  split(parts_of(hidden, strip_columns), thread_count(chunks * hidden), [&](int64_t begin, int64_t end) {
-    kernels.reduce(partials, chunks, hidden, dtype, target, begin * strip_columns,
-                   std::min(end * strip_columns, hidden));
-  });
-}
-
 }  // namespace
 
 // --- launchers ---------------------------------------------------------------------------------------------
@@ -201,7 +130,7 @@ NormForwardResult norm_forward(NormKind kind, const char* op, const Tensor& inpu
                                                          .hidden = rows.hidden,
                                                          .input_stride = rows.row_stride,
                                                          .eps = eps,
-                                                         .streams = streams(output, rows)});
+                                                         .streams = rows_stream(output, rows)});
   return result;
 }
 
@@ -253,7 +182,7 @@ NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& gr
                           .grad_output_stride = gradients.row_stride,
                           .input_stride = rows.row_stride,
                           .rows_per_chunk = rows_per_chunk,
-                          .streams = mask.input && streams(grad_input, rows)};
+                          .streams = mask.input && rows_stream(grad_input, rows)};
   if (mask.input || mask.weight || mask.bias) {
     run_backward(kernels_for(kind, rows.dtype), norm, chunks);
   }

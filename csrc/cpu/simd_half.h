@@ -53,9 +53,20 @@ FASTREG_INLINE Floats decode(HalfWords halves, BFloat16) { return bit_cast<Float
 
 FASTREG_INLINE HalfWords encode(Floats values, BFloat16) {
   const Words bits = bit_cast<Words>(values);
+  // Rounding could carry a NaN's payload into an infinity: NaN is made quiet instead.
+#if defined(__AVX512F__)
+  const __m512i words = bit_cast<__m512i>(bits);
+  const __mmask16 odd = _mm512_test_epi32_mask(words, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  const __m512i half = _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  const __m512i rounded =
+      _mm512_mask_or_epi32(bit_cast<__m512i>(bits + bit_cast<Words>(half)), nan, words, _mm512_set1_epi32(0x400000));
+  return upper_halves(bit_cast<Words>(rounded));
+#else
   const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Words quiet_nan = bits | 0x400000;  // rounding could carry a NaN's payload into an infinity
+  const Words quiet_nan = bits | 0x400000;
   return upper_halves(values == values ? rounded : quiet_nan);
+#endif
 }
 
 FASTREG_INLINE Floats decode(HalfWords halves, Float16) {

@@ -85,6 +85,25 @@ FASTREG_INLINE Vector<Scalar> broadcast(Scalar value) {
   return value - Vector<Scalar>{};  // value - 0, the one form that keeps -0.0
 }
 
+// Scalars, with one rounding. The product of two floats is exact in double; the sum is rounded to odd there, and
+// rounding that to float is as good as rounding the exact sum.
+FASTREG_INLINE double fused_multiply_add(double factor, double other, double addend) {
+  return __builtin_fma(factor, other, addend);
+}
+
+FASTREG_INLINE float fused_multiply_add(float factor, float other, float addend) {
+  const double product = double(factor) * double(other);
+  const double sum = product + double(addend);
+  const double summand = sum - product;
+  const double error = (product - (sum - summand)) + (double(addend) - summand);
+  int64_t bits = bit_cast<int64_t>(sum);
+  const bool inexact = error < 0 || error > 0;  // not where it is NaN: then the sum is not finite
+  if (inexact && (bits & 1) == 0) {
+    bits += (error > 0) == (sum > 0) ? 1 : -1;
+  }
+  return static_cast<float>(bit_cast<double>(bits));
+}
+
 template <class V>
 FASTREG_INLINE V multiply_add(V factor, V other, V addend) {
 #if defined(__AVX512F__)
@@ -101,6 +120,21 @@ FASTREG_INLINE V multiply_add(V factor, V other, V addend) {
   }
 #else
   return factor * other + addend;
+#endif
+}
+
+// As above, but rounded once on every machine, so that a sign that depends on the result does not.
+template <class V>
+FASTREG_INLINE V fused_multiply_add(V factor, V other, V addend) {
+#if defined(__FMA__)
+  return multiply_add(factor, other, addend);
+#else
+  V result{};
+#pragma GCC unroll 8
+  for (unsigned lane = 0; lane < sizeof(V) / sizeof(factor[0]); ++lane) {
+    result[lane] = fused_multiply_add(factor[lane], other[lane], addend[lane]);
+  }
+  return result;
 #endif
 }
 

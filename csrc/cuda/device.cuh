@@ -12,6 +12,7 @@
 
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -67,6 +68,26 @@ __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.com
 template <int pending>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// --- blocks that run at once (cooperative launches) ------------------------------------------------------------------
+
+// A barrier over all threads of the grid.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+
+// A counter in global memory that blocks arrive at and wait for. By one thread of a block after a barrier of its block:
+// what the block has written by then is seen by those who have waited for its arrival, and by their blocks after a
+// barrier of theirs.
+__device__ __forceinline__ void counter_arrive(unsigned* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// Waits for the arrival number `target`, counted from 1 and on beyond 2^32.
+__device__ __forceinline__ void counter_wait(unsigned* counter, unsigned target) {
+  unsigned arrived;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+  } while (static_cast<int>(arrived - target) < 0);
 }
 
 // --- thread-block clusters (sm_90 and later; the launch plan never asks for one elsewhere) ---------------------------

@@ -84,8 +84,9 @@ def bench(
         list[str] | None, typer.Option(help="float32, bfloat16 or float16; may be repeated.")
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0.01, help="Roughly how long the rounds of one case take.")
-    ] = 8.0,
+        float | None,
+        typer.Option(min=0.01, help="Roughly how long the rounds of one case take; by the op if not given."),
+    ] = None,
     results: Annotated[Path, typer.Option(help="Saves <machine>/<date>.json in here.")] = Path(
         "fastreg-bench"
     ),
@@ -115,12 +116,12 @@ def demo(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Train a small vision transformer plain and converted, compare them on photographs, and time the kernels."""
+    """Train two small networks plain and converted, compare them on photographs, and time the kernels."""
     from dataclasses import replace
 
     from fastreg.cli import demo as demos
 
     plan = demos.QUICK if quick else demos.Plan()
     if epochs is not None:
-        plan = replace(plan, model=replace(plan.model, epochs=epochs))
+        plan = replace(plan, models=tuple(replace(each, epochs=epochs) for each in plan.models))
     raise typer.Exit(demos.command(plan, _device(device, threads), output, _console()))

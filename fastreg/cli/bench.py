@@ -14,7 +14,7 @@ from rich.table import Table
 from fastreg.cli import benchmark, summary
 from fastreg.cli.benchmark import Plan
 from fastreg.cli.measure import Record
-from fastreg.cli.workloads import BOTH
+from fastreg.cli.workloads import BOTH, title
 
 # On a quiet machine a few timings in a hundred scatter this much.
 _UNREST = 0.1
@@ -64,10 +64,10 @@ def as_text(document: Record) -> str:
     return text + "\n"
 
 
-def case_table(title: str, records: list[Record], providers: list[str]) -> Table:
-    """The table of some cases of one op."""
+def case_table(name: str, records: list[Record], providers: list[str]) -> Table:
+    """The table of some cases of one call in one layout."""
     picked = summary.picked(records)
-    heading = f"{title}: times in ms; GB/s, share of copy and speed-ups of {picked}, which fastreg picks"
+    heading = f"{name}: times in ms; GB/s, share of copy and speed-ups of {picked}, which fastreg picks"
     # No frame and the short names, or the table would need more columns than a terminal has.
     table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     columns = summary.case_columns(providers, str)
@@ -78,14 +78,21 @@ def case_table(title: str, records: list[Record], providers: list[str]) -> Table
     return table
 
 
+def print_cases(document: Record, console: Console) -> None:
+    """A table for each call and layout."""
+    found: dict[str, list[Record]] = {}
+    for record in document["cases"]:
+        found.setdefault(title(record), []).append(record)
+    for name, records in found.items():
+        console.print(case_table(name, records, summary.timed_providers({"cases": records})))
+
+
 def print_summary(document: Record, console: Console) -> None:
     """The tables, the geometric means and everything that was not timed."""
     console.print(f"\n[bold]{summary.machine_line(document)}[/bold]")
     copy = document["large_copy"]
     console.print(f"copy bandwidth of a large buffer: {copy['gigabytes_per_second']} GB/s")
-    providers = summary.timed_providers(document)
-    for op in dict.fromkeys(record["op"] for record in document["cases"]):
-        console.print(case_table(op, [r for r in document["cases"] if r["op"] == op], providers))
+    print_cases(document, console)
     print_means(document, console)
     if document["host"]:
         table = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -12,21 +13,23 @@ import torch
 from fastreg import backends
 from fastreg.cli import machine, timing, workloads
 from fastreg.cli.host import host_cost
-from fastreg.cli.measure import Case, Record, measure
-from fastreg.cli.workloads import DIRECTIONS
+from fastreg.cli.measure import Record, measure
+from fastreg.cli.workloads import DIRECTIONS, Case, describe
 
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def grid(device: torch.device, ops: Sequence[str] = (), dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
     """The committed benchmark's cases for a device, or those of some ops and dtypes."""
-    return [
-        Case(op, rows, hidden_size, dtype)
-        for op in ops or workloads.names()
-        for dtype in dtypes
-        for rows, hidden_size in workloads.workload(op).GRID[device.type]
-    ]
+    return [case for op in ops or workloads.names() for case in cases(op, device.type, dtypes)]
+
+
+def cases(op: str, grid: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
+    """An op's cases on a device type, or for a "rehearsal": every shape in every dtype, layout and chain."""
+    workload = workloads.workload(op)
+    settings = itertools.product(dtypes, workload.LAYOUTS, workload.CHAINS, workload.GRID[grid])
+    return [Case(op, shape, dtype, layout, chain) for dtype, layout, chain, shape in settings]
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,25 @@ class Plan:
     """What one run measures, and how long it takes over it.
 
     Attributes:
-        seconds: for the rounds of one case.
+        seconds: for the rounds of one case; what its workload says if None.
         host: also measure the host cost of tiny calls.
     """
 
     device: torch.device
     cases: tuple[Case, ...]
     complete: bool
-    seconds: float = 8.0
+    seconds: float | None = None
     host: bool = True
 
     @property
     def steps(self) -> int:
         """How many steps ``run`` yields."""
-        return len(self.cases) + (len(self._host_ops) if self.host else 0)
+        return len(self.cases) + (len(self._host_calls) if self.host else 0)
 
     @property
-    def _host_ops(self) -> list[str]:
-        return sorted({case.op for case in self.cases})
+    def _host_calls(self) -> list[tuple[str, str]]:
+        ops = sorted({case.op for case in self.cases})
+        return [(op, chain) for op in ops for chain in workloads.workload(op).CHAINS]
 
     def run(self, document: Record) -> Iterator[str]:
         """Fill the document's "cases" and "host", yielding the name of each step before it is taken."""
@@ -59,11 +63,12 @@ class Plan:
         clock = timing.clock_for(self.device)
         for case in self.cases:
             yield str(case)
-            document["cases"] += measure(case, self.device, clock, self.seconds).records()
+            seconds = workloads.workload(case.op).SECONDS if self.seconds is None else self.seconds
+            document["cases"] += measure(case, self.device, clock, seconds).records()
             document["seconds"] = math.ceil(time.perf_counter() - start)
-        for op in self._host_ops if self.host else ():
+        for op, chain in self._host_calls if self.host else ():
             yield f"{op} host cost"
-            document["host"] += host_cost(op, self.device)
+            document["host"] += host_cost(op, self.device, chain)
         document["seconds"] = math.ceil(time.perf_counter() - start)
 
 
@@ -90,6 +95,23 @@ def red(document: Record) -> list[str]:
         for name, found in record["providers"].items():
             reason = found.get("refused") or found.get("failed")
             if reason and name in backends.NAMES:
-                where = f"{record['op']} {record['dtype']} ({record['rows']}, {record['hidden_size']})"
-                lines.append(f"{name}: {where}: {reason}")
+                lines.append(f"{name}: {describe(record)}: {reason}")
     return lines
+
+
+def upgraded(document: Record) -> Record:
+    """A stored document in today's schema.
+
+    Schema 1 knew the norms over rows only, and had their shape as "rows" and "hidden_size".
+
+    Raises:
+        ValueError: a schema that is not known.
+    """
+    if document.get("schema") not in (1, SCHEMA):
+        raise ValueError(f"schema {document.get('schema')}, this report reads 1 to {SCHEMA}")
+    if document["schema"] == 1:
+        for record in document["cases"]:
+            record |= {"chain": "", "layout": "", "shape": [record.pop("rows"), record.pop("hidden_size")]}
+        for record in document["host"]:
+            record["chain"] = ""
+    return {**document, "schema": SCHEMA}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastreg.cli import summary
 from fastreg.cli.photographs import Comparison
 from fastreg.cli.providers import label
 from fastreg.cli.training import CONVERTED, NAMES, PLAIN, Training
-from fastreg.cli.workloads import BOTH
+from fastreg.cli.workloads import BOTH, call_name
 
 _COLOURS = {PLAIN: "#8c8c8c", CONVERTED: "#d1495b"}
 _STYLE: dict[Any, Any] = {
@@ -40,22 +41,18 @@ _PROVIDER_COLOURS = {
 }
 
 
-def draw(trained: Training, compared: Comparison, document: dict[str, Any], path: Path) -> None:
-    """Draw what the demo found and save it as a PNG."""
+def draw(shown: Mapping[str, tuple[Training, Comparison]], document: dict[str, Any], path: Path) -> None:
+    """Draw what the demo found, a row of panels for each network, and save it as a PNG."""
     with plt.rc_context(_STYLE):
-        figure = plt.figure(figsize=(14, 9), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        rows = len(shown) + 1
+        figure = plt.figure(figsize=(14, 4.5 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
         figure.suptitle(f"fastreg demo · {summary.machine_line(document)}", fontsize=11, x=0.01, ha="left")
-        parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
-        top, bottom = parts
-        loss, difference, step, memory = top.subplots(1, 4, width_ratios=(2, 1.7, 1, 1.3))
-        _losses(loss, trained)
-        _differences(difference, trained)
-        milliseconds = {name: 1e3 * compared.seconds[name].median for name in NAMES}
-        _pair(step, "Two photographs", "ms", {"forward+\nbackward": milliseconds})
-        kinds = {"kept for\nbackward": compared.saved_bytes, "peak": compared.peak_bytes}
-        megabytes = {k: {name: v[name] / 1e6 for name in NAMES} for k, v in kinds.items() if v is not None}
-        _pair(memory, "Memory of that step", "MB", megabytes)
-        panels = bottom.subplots(1, 2, sharey=True)
+        parts: Any = figure.subfigures(rows, 1, height_ratios=(*(1,) * len(shown), 1.1))
+        bottom = parts[-1]
+        for part, (network, found) in zip(parts, shown.items(), strict=False):
+            _network(part, network, *found)
+        calls = dict.fromkeys(record["op"] for record in document["cases"])
+        panels = bottom.subplots(1, len(calls), sharey=True)
         _kernels(panels, document)
         bottom.legend(
             *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False
@@ -64,13 +61,28 @@ def draw(trained: Training, compared: Comparison, document: dict[str, Any], path
         plt.close(figure)
 
 
-def _losses(axes: Axes, trained: Training) -> None:
+def _network(part: Any, network: str, trained: Training, compared: Comparison) -> None:
+    loss, difference, step, memory = part.subplots(1, 4, width_ratios=(2, 1.7, 1, 1.3))
+    _losses(loss, network, trained)
+    _differences(difference, trained)
+    milliseconds = {name: 1e3 * compared.seconds[name].median for name in NAMES}
+    _pair(step, "Two photographs", "ms", {"forward+\nbackward": milliseconds})
+    kinds = {"kept for\nbackward": compared.saved_bytes, "peak": compared.peak_bytes}
+    megabytes = {k: {name: v[name] / 1e6 for name in NAMES} for k, v in kinds.items() if v is not None}
+    _pair(memory, "Memory of that step", "MB", megabytes)
+
+
+def _losses(axes: Axes, network: str, trained: Training) -> None:
     epochs = [epoch.number for epoch in trained.epochs]
     widths = {PLAIN: 5.0, CONVERTED: 1.5}
     for name in NAMES:
         values = [epoch.loss[name] for epoch in trained.epochs]
         axes.plot(epochs, values, color=_COLOURS[name], linewidth=widths[name], label=f"{name}, loss")
-    axes.set(title="Digits: loss and test accuracy", xlabel="epoch", ylabel="mean cross entropy (nats)")
+    axes.set(
+        title=f"{network.capitalize()}: loss and test accuracy",
+        xlabel="epoch",
+        ylabel="mean cross entropy (nats)",
+    )
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     right = axes.twinx()
@@ -125,11 +137,16 @@ def _pair(axes: Axes, title: str, unit: str, figures: dict[str, dict[str, float]
     axes.legend(handles[:2], labels[:2], frameon=False, fontsize=8, loc="upper center", ncols=2)
 
 
-def _kernels(both: Any, document: dict[str, Any]) -> None:
+def _caption(record: dict[str, Any]) -> str:
+    shape = " x ".join(map(str, record["shape"]))
+    return "\n".join(filter(None, (record["dtype"], record["layout"], shape)))
+
+
+def _kernels(panels: Any, document: dict[str, Any]) -> None:
     """GB/s of every provider, forward+backward, a panel an op; the copy as a line over each group."""
     records = [record for record in document["cases"] if record["direction"] == BOTH]
     providers = summary.timed_providers(document)
-    for axes, op in zip(both, dict.fromkeys(record["op"] for record in records), strict=True):
+    for axes, op in zip(panels, dict.fromkeys(record["op"] for record in records), strict=True):
         chosen = [record for record in records if record["op"] == op]
         width = 0.84 / len(providers)
         for offset, name in enumerate(providers):
@@ -145,6 +162,7 @@ def _kernels(both: Any, document: dict[str, Any]) -> None:
             rate = record["copy"]["gigabytes_per_second"]
             caption = "copy of the input, same rounds" if index == 0 else None
             axes.hlines(rate, index - 0.44, index + 0.44, color="black", linewidth=1.2, label=caption)
-        names = [f"{record['dtype']}\n{record['rows']} x {record['hidden_size']}" for record in chosen]
-        axes.set_xticks(range(len(chosen)), names)
-        axes.set(title=f"{op}, forward+backward", ylabel="GB/s (the op's minimum traffic / time)")
+        axes.set_xticks(range(len(chosen)), [_caption(record) for record in chosen])
+        axes.set(
+            title=f"{call_name(chosen[0])}, forward+backward", ylabel="GB/s (the op's minimum traffic / time)"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,8 @@ from fastreg.cli import machine, workloads
 from fastreg.cli.bench import progress_bar
 from fastreg.cli.gate import judge
 from fastreg.cli.providers import interpreted
+from fastreg.cli.workloads import Case, dtype_name
 
-# Rows of one element, odd sizes on both sides of the vector widths, ordinary ones, and one longer than any chip's row.
-SHAPES = ((3, 1), (1, 17), (7, 127), (65, 257), (300, 768), (33, 1000), (2, 8193), (3, 65536))
 # Input and parameters: a model in one dtype, and a half-precision activation with fp32 parameters.
 MIXES = (
     (torch.float32, torch.float32),
@@ -30,12 +29,12 @@ MIXES = (
 
 @dataclass
 class Outcome:
-    """What one backend made of one op in one mix of dtypes, over all shapes.
+    """What one backend made of one op in one mix of dtypes, over all its cases.
 
     Attributes:
         unavailable: why it was not tried; None if it was.
         budget_used: the worst error as a share of its rounding budget.
-        failures: a line for each shape that is wrong, raises, or differs between two runs.
+        failures: a line for each case that is wrong, raises, or differs between two runs.
     """
 
     device: torch.device
@@ -49,12 +48,18 @@ class Outcome:
     @property
     def mix(self) -> str:
         """The dtypes of input and parameters."""
-        names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
-        return " / ".join(names)
+        return " / ".join(map(dtype_name, self.dtypes))
+
+
+def cases(op: str, dtype: torch.dtype) -> list[Case]:
+    """The shapes, layouts and chains of an op that are tried."""
+    return [Case(op, shape, dtype, layout, chain) for shape, layout, chain in workloads.workload(op).CHECKS]
 
 
 def outcomes(
-    devices: Sequence[torch.device], only: str | None = None, shapes: Sequence[tuple[int, int]] = SHAPES
+    devices: Sequence[torch.device],
+    only: str | None = None,
+    choose: Callable[[str, torch.dtype], Sequence[Case]] = cases,
 ) -> Iterator[Outcome]:
     """Check every backend (or only one) on the devices, one op and mix of dtypes at a time."""
     for device in devices:
@@ -66,29 +71,28 @@ def outcomes(
                     if outcome.unavailable is None and only is None and interpreted(backend, device):
                         outcome.unavailable = "runs in Triton's interpreter here: ask with --backend triton"
                     if outcome.unavailable is None:
-                        for shape in shapes:
-                            _try(outcome, shape)
+                        for case in choose(op, dtypes[0]):
+                            _try(outcome, case)
                     yield outcome
 
 
-def _try(outcome: Outcome, shape: tuple[int, int]) -> None:
-    problem = workloads.workload(outcome.op).make_problem(
-        *shape, outcome.dtypes[0], outcome.device, outcome.dtypes[1]
-    )
+def _try(outcome: Outcome, case: Case) -> None:
+    problem = case.problem(outcome.device, outcome.dtypes[1])
+    where = " ".join(filter(None, (case.chain, case.layout, str(case.shape))))
     try:
         with backends.use(outcome.backend):
             first, second = (problem.results(problem.fastreg_function) for _ in range(2))
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises is this check's finding
-        outcome.failures.append(f"{shape}: {type(error).__name__}: {error}")
+        outcome.failures.append(f"{where}: {type(error).__name__}: {error}")
         return
     found = judge({"": first}, problem.truth())[""]
     outcome.budget_used = max(outcome.budget_used, found.budget_used)
     refusal = found.refusal(peer=False)
     if refusal is not None:
-        outcome.failures.append(f"{shape}: {refusal}")
+        outcome.failures.append(f"{where}: {refusal}")
     changed = [name for name, result in first.items() if not torch.equal(result, second[name])]
     if changed and refusal is None:
-        outcome.failures.append(f"{shape}: two runs differ in {', '.join(changed)}")
+        outcome.failures.append(f"{where}: two runs differ in {', '.join(changed)}")
 
 
 def command(device: torch.device | None, backend: str | None, console: Console) -> int:

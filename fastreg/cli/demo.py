@@ -1,4 +1,4 @@
-"""``python -m fastreg demo``: a model trained plain and converted, two photographs, the kernels; a chart and a file.
+"""``python -m fastreg demo``: two models trained plain and converted, photographs, the kernels; a chart and a file.
 
 Every figure is of this run on this machine; what is slower prints slower, and a disagreement makes the exit code 1.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from rich.table import Table
 
 from fastreg import backends
 from fastreg.cli import bench, benchmark, chart, images, machine, photographs, summary, timing, training
-from fastreg.cli.measure import Case, Record, measure
+from fastreg.cli.measure import Record, measure
 from fastreg.cli.providers import COMPILE, Provider, providers_for
 from fastreg.cli.training import CONVERTED, NAMES, PLAIN
-from fastreg.cli.workloads import Problem
+from fastreg.cli.workloads import Case, Problem
 
+# Rows and hidden sizes of the norms over rows; and a layer of ResNet-50 with its residual and ReLU, in both layouts.
 KERNEL_SHAPES = {"cpu": ((2048, 768), (8192, 1024)), "cuda": ((65536, 1024), (16384, 4096))}
+KERNEL_MAPS = {"cpu": (32, 512, 28, 28), "cuda": (256, 512, 28, 28)}
 
 
 @dataclass(frozen=True)
@@ -31,34 +33,49 @@ class Plan:
     """How much of everything.
 
     Attributes:
-        kernel_shapes: rows and hidden sizes of the kernel table; None for those that suit the device.
+        models: that are trained and shown the photographs.
+        kernel_shapes, kernel_map: the sizes of the kernel table; None for those that suit the device.
         kernel_seconds: for the rounds of one of its cases.
         compile: time torch.compile too, which has to compile first.
     """
 
-    model: training.Settings = field(default_factory=training.Settings)
+    models: tuple[training.Settings, ...] = (
+        training.Settings(),
+        training.Settings(training.RESIDUAL_NETWORK, epochs=8, width=16, depth=1, learning_rate=1e-3),
+    )
     photograph_rounds: int = 11
     patch_size: int = 16
     kernel_shapes: tuple[tuple[int, int], ...] | None = None
+    kernel_map: tuple[int, ...] | None = None
     kernel_seconds: float = 2.0
     compile: bool = True
 
     def cases(self, device: torch.device) -> list[Case]:
-        """The kernel table's cases: both ops, in fp32 and bf16."""
+        """The kernel table's cases: every op, in fp32 and bf16."""
         shapes = self.kernel_shapes or KERNEL_SHAPES[device.type]
-        return [
-            Case(op, rows, hidden_size, dtype)
+        over_rows = [
+            Case(op, shape, dtype)
             for op in ("layer_norm", "rms_norm")
             for dtype in benchmark.DTYPES
-            for rows, hidden_size in shapes
+            for shape in shapes
         ]
+        over_channels = [
+            Case("batch_norm", self.kernel_map or KERNEL_MAPS[device.type], dtype, layout, "add+relu")
+            for dtype in benchmark.DTYPES
+            for layout in ("contiguous", "channels_last")
+        ]
+        return over_rows + over_channels
 
 
 QUICK = Plan(
-    model=training.Settings(epochs=2, width=32, depth=2, heads=2, train_limit=256),
+    models=(
+        training.Settings(epochs=2, width=32, depth=2, heads=2, train_limit=256),
+        training.Settings(training.RESIDUAL_NETWORK, epochs=2, width=8, depth=1, train_limit=256),
+    ),
     photograph_rounds=3,
     patch_size=64,
     kernel_shapes=((64, 256),),
+    kernel_map=(4, 16, 8, 8),
     kernel_seconds=0.05,
     compile=False,
 )
@@ -72,16 +89,32 @@ def command(plan: Plan, device: torch.device, directory: Path, console: Console)
     if device.type == "cpu":
         console.print("No GPU is used: every figure below is the CPU's, and no CUDA or Triton kernel runs.")
     with bench.progress_bar(console) as progress:
-        trained = _train(plan, device, console, progress)
-        compared = _photographs(plan, trained, device, console, progress)
+        shown = {}
+        for number, settings in enumerate(plan.models, 1):
+            console.print(f"\n[bold]{number}. A {settings.network}[/bold], plain and converted")
+            trained = _train(settings, device, console, progress)
+            shown[settings.network] = (
+                trained,
+                _photographs(plan, settings, trained, device, console, progress),
+            )
+        console.print(f"\n[bold]{len(shown) + 1}. Kernels[/bold]: medians of rounds in which all take turns")
         document = _kernels(plan, device, console, progress)
-    disagreements = trained.disagreements() + compared.disagreements() + benchmark.red(document)
+    disagreements = [
+        f"{network}: {line}"
+        for network, parts in shown.items()
+        for part in parts
+        for line in part.disagreements()
+    ]
+    disagreements += benchmark.red(document)
     document |= {"seconds": round(time.perf_counter() - begin, 1), "disagreements": disagreements}
-    document |= {"training": _training_record(trained), "photographs": asdict(compared)}
+    document["networks"] = {
+        network: {"training": _training_record(trained), "photographs": asdict(compared)}
+        for network, (trained, compared) in shown.items()
+    }
     directory.mkdir(parents=True, exist_ok=True)
     data, picture = directory / "demo.json", directory / "demo.png"
     data.write_text(bench.as_text(document))
-    chart.draw(trained, compared, document, picture)
+    chart.draw(shown, document, picture)
     console.print(f"\n{document['seconds']} s; chart {picture}, figures {data}")
     for line in disagreements:
         console.print(f"DISAGREEMENT: {line}", style="bold red", markup=False, highlight=False)
@@ -90,15 +123,16 @@ def command(plan: Plan, device: torch.device, directory: Path, console: Console)
     return 1 if disagreements else 0
 
 
-def _train(plan: Plan, device: torch.device, console: Console, progress: Progress) -> training.Training:
-    digits = images.digits(device, plan.model.train_limit)
-    trained = training.start(plan.model, device)
-    console.print(f"\n[bold]1. Handwritten digits[/bold]: {len(digits.train_images)} to train on, ", end="")
-    console.print(
-        f"{len(digits.test_images)} by other writers to test; a vision transformer, plain and converted"
-    )
+def _train(
+    settings: training.Settings, device: torch.device, console: Console, progress: Progress
+) -> training.Training:
+    digits = images.digits(device, settings.train_limit)
+    trained = training.start(settings, device)
+    console.print(f"handwritten digits: {len(digits.train_images)} to train on, ", end="")
+    console.print(f"{len(digits.test_images)} by other writers to test")
     console.print(str(trained.report), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"backend: {backends.pick('layer_norm', digits.train_images)}, fp32")
+    op = "batch_norm" if trained.report.fused else "layer_norm"
+    console.print(f"backend: {backends.pick(op, digits.train_images)}, fp32")
     table = Table()
     for heading in (
         "epoch",
@@ -109,9 +143,9 @@ def _train(plan: Plan, device: torch.device, console: Console, progress: Progres
         "accuracy, converted",
     ):
         table.add_column(heading, justify="right")
-    steps = training.steps_of(plan.model, digits)
-    task = progress.add_task("training", total=plan.model.epochs * steps)
-    for epoch in training.train(trained, plan.model, digits, lambda: progress.advance(task)):
+    steps = training.steps_of(settings, digits)
+    task = progress.add_task("training", total=settings.epochs * steps)
+    for epoch in training.train(trained, settings, digits, lambda: progress.advance(task)):
         losses = [f"{epoch.loss[name]:.5f}" for name in NAMES]
         accuracies = [f"{100 * epoch.accuracy[name]:.1f} %" for name in NAMES]
         table.add_row(str(epoch.number), *losses, f"{epoch.largest_difference:.1e}", *accuracies)
@@ -137,23 +171,29 @@ def _faster(what: str, figures: Mapping[str, float], unit: str) -> str:
 
 
 def _photographs(
-    plan: Plan, trained: training.Training, device: torch.device, console: Console, progress: Progress
+    plan: Plan,
+    settings: training.Settings,
+    trained: training.Training,
+    device: torch.device,
+    console: Console,
+    progress: Progress,
 ) -> photographs.Comparison:
-    task = progress.add_task("photographs", total=plan.photograph_rounds + 2)
+    has_patches = settings.network == training.VISION_TRANSFORMER
+    patch_size = plan.patch_size if has_patches else None
+    # A residual network's step on whole photographs is many times as long.
+    rounds = plan.photograph_rounds if has_patches else plan.photograph_rounds // 3
+    task = progress.add_task("photographs", total=rounds + 2)
 
     def advance(what: str) -> None:
         progress.update(task, advance=1, description=f"photographs: {what}")
 
-    compared = photographs.compare(
-        trained.models, plan.model, device, advance, plan.photograph_rounds, plan.patch_size
-    )
+    compared = photographs.compare(trained.models, settings, device, advance, rounds, patch_size)
     progress.remove_task(task)
     height, width = compared.shape[-2:]
-    patches = -(-height // plan.patch_size) * -(-width // plan.patch_size)
-    console.print(
-        f"\n[bold]2. Two photographs[/bold], {height} x {width}, {patches} patches each, "
-        "the plain model's trained weights in both"
-    )
+    cut = ""
+    if patch_size is not None:
+        cut = f"{-(-height // patch_size) * -(-width // patch_size)} patches each, "
+    console.print(f"two photographs, {height} x {width}, {cut}the plain model's trained weights in both")
     console.print(f"outputs differ by {compared.output_difference:.1e} of the largest", highlight=False)
     medians = {name: 1e3 * compared.seconds[name].median for name in NAMES}
     console.print(_faster("step (forward+backward)", medians, "ms"), highlight=False)
@@ -188,13 +228,10 @@ def _kernels(plan: Plan, device: torch.device, console: Console, progress: Progr
         document["cases"] += measure(case, device, clock, plan.kernel_seconds, choose=choose).records()
         progress.advance(task)
     progress.remove_task(task)
-    console.print("\n[bold]3. Kernels[/bold]: medians of rounds in which all take turns")
     console.print(
         "GB/s: the op's minimum traffic over the time; copy: the share of a copy's rate in the same rounds"
     )
-    providers = summary.timed_providers(document)
-    for op in dict.fromkeys(case.op for case in cases):
-        console.print(bench.case_table(op, [r for r in document["cases"] if r["op"] == op], providers))
+    bench.print_cases(document, console)
     for found in summary.overall(document)[:1]:
         console.print(
             f"geometric mean of {found.cases} cases, {found.name[1]}: "
@@ -211,6 +248,7 @@ def _training_record(trained: training.Training) -> dict[str, Any]:
     return {
         "replaced": [asdict(item) for item in trained.report.replaced],
         "kept": [asdict(item) for item in trained.report.kept],
+        "fused": [asdict(item) for item in trained.report.fused],
         "epochs": [asdict(epoch) for epoch in trained.epochs],
         "gradient_difference": trained.gradient_difference,
         "loss_difference": trained.loss_difference,

@@ -9,9 +9,9 @@ import torch
 
 from fastreg import backends
 from fastreg.cli import timing
-from fastreg.cli.measure import Case, Record
+from fastreg.cli.measure import Record
 from fastreg.cli.providers import EAGER
-from fastreg.cli.workloads import Problem
+from fastreg.cli.workloads import Case, Problem
 
 TINY = (2, 8)
 
@@ -48,9 +48,11 @@ def _tasks(problem: Problem, calls: int) -> dict[str, dict[str, timing.Task]]:
     }
 
 
-def host_cost(op: str, device: torch.device, rounds: int = 101, calls: int = 100) -> list[Record]:
+def host_cost(
+    op: str, device: torch.device, chain: str = "", rounds: int = 101, calls: int = 100
+) -> list[Record]:
     """Microseconds that one call on a tiny fp32 tensor costs the host, torch's and ours, taking turns."""
-    problem = Case(op, *TINY, torch.float32).problem(device)
+    problem = Case(op, TINY, torch.float32, chain=chain).problem(device)
     records = []
     for way, tasks in _tasks(problem, calls).items():
         for task in tasks.values():
@@ -61,5 +63,6 @@ def host_cost(op: str, device: torch.device, rounds: int = 101, calls: int = 100
             for name, rows in samples.items()
         }
         picked = backends.pick(op, problem.input)
-        records.append({"op": op, "way": way, "shape": list(TINY), "picked": picked, "providers": providers})
+        names = {"op": op, "chain": chain, "way": way, "shape": list(TINY)}
+        records.append({**names, "picked": picked, "providers": providers})
     return records

@@ -14,39 +14,14 @@ from typing import Any
 import torch
 
 from fastreg import backends
-from fastreg.cli import timing, workloads
+from fastreg.cli import timing
 from fastreg.cli.gate import judge
 from fastreg.cli.providers import Provider, providers_for
-from fastreg.cli.workloads import DIRECTIONS, Problem
+from fastreg.cli.workloads import DIRECTIONS, Case, Problem
 
 COPY = "copy"
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the grid."""
-
-    op: str
-    rows: int
-    hidden_size: int
-    dtype: torch.dtype
-
-    def __str__(self) -> str:
-        return f"{self.op} {dtype_name(self.dtype)} ({self.rows}, {self.hidden_size})"
-
-    def problem(self, device: torch.device) -> Problem:
-        """The tensors and functions of this case."""
-        problem: Problem = workloads.workload(self.op).make_problem(
-            self.rows, self.hidden_size, self.dtype, device
-        )
-        return problem
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32, not torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -83,10 +58,7 @@ class Measured:
                 found["gigabytes_per_second"] = float(f"{size / spread.median * 1e-9:.4g}")
                 found["share_of_copy"] = float(f"{size / spread.median / copy_rate:.4g}")
         return {
-            "op": self.case.op,
-            "dtype": dtype_name(self.case.dtype),
-            "rows": self.case.rows,
-            "hidden_size": self.case.hidden_size,
+            **self.case.record(),
             "direction": direction,
             "bytes": size,
             "picked": self.picked,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import fastreg
 from fastreg.cli import images, training
 from fastreg.cli.photographs import step
 
@@ -30,16 +29,17 @@ def resident(which: str) -> int:
 
 
 def peak_of_a_step(
-    settings: training.Settings, converted: bool, patch_size: int, steps: int = 3
+    settings: training.Settings, converted: bool, patch_size: int | None, steps: int = 3
 ) -> int | None:
     """Bytes that the steps add to the process at their peak; None on systems that do not tell."""
     device = torch.device("cpu")
     model = training.make_model(settings, device)
     if converted:
-        fastreg.convert(model)
+        training.convert(model)
     photographs = images.photographs(device)
     # A step on a corner loads the libraries' code and starts the threads.
-    step(model, photographs[:, :, : 2 * patch_size, : 2 * patch_size].contiguous(), patch_size)
+    side = 2 * (patch_size or 16)
+    step(model, photographs[:, :, :side, :side].contiguous(), patch_size)
     try:
         _RESET.write_text(_RESET_PEAK)
         rest = resident("VmRSS")

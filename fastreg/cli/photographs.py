@@ -1,4 +1,4 @@
-"""The demo's second part: both models on two photographs at their own size: outputs, step time, memory."""
+"""The plain and the converted model on two photographs at their own size: outputs, step time, memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from fastreg import backends
 from fastreg.cli import images, timing
 from fastreg.cli.training import CONVERTED, NAMES, PLAIN, Settings
-from fastreg.cli.vision_transformer import VisionTransformer
 
 # Relative to the largest output: two forward passes of a few dozen layers in fp32.
 OUTPUT_ALLOWANCE = 1e-4
@@ -25,14 +24,15 @@ class Comparison:
     """What the photographs showed, by model's name where there are two figures.
 
     Attributes:
-        output_difference: the largest, relative to the largest output.
+        patch_size: of a vision transformer; None for a network that has no patches.
+        output_difference: the largest, relative to the largest output, in evaluation mode.
         seconds: of a step, forward and backward.
         saved_bytes: tensors that the forward keeps for the backward, counted.
         peak_bytes: what a step adds at its peak to the memory of the model at rest, measured; None where it cannot be.
     """
 
     shape: tuple[int, ...]
-    patch_size: int
+    patch_size: int | None
     output_difference: float
     seconds: dict[str, timing.Distribution]
     saved_bytes: dict[str, int]
@@ -47,19 +47,25 @@ class Comparison:
         ]
 
 
-def step(model: VisionTransformer, photographs: torch.Tensor, patch_size: int) -> None:
+def logits(model: torch.nn.Module, photographs: torch.Tensor, patch_size: int | None) -> torch.Tensor:
+    """What a model makes of the photographs."""
+    found: torch.Tensor = model(photographs) if patch_size is None else model(photographs, patch_size)
+    return found
+
+
+def step(model: torch.nn.Module, photographs: torch.Tensor, patch_size: int | None) -> None:
     """A forward and a backward; the gradients are dropped before, as in a training loop."""
     model.zero_grad()
-    model(photographs, patch_size).square().mean().backward()
+    logits(model, photographs, patch_size).square().mean().backward()
 
 
 def compare(
-    models: dict[str, VisionTransformer],
+    models: dict[str, torch.nn.Module],
     settings: Settings,
     device: torch.device,
     advance: Callable[[str], None],
     rounds: int = 11,
-    patch_size: int = 16,
+    patch_size: int | None = 16,
 ) -> Comparison:
     """Run both models on the photographs; the two take turns.
 
@@ -73,14 +79,14 @@ def compare(
     models[CONVERTED].load_state_dict(models[PLAIN].state_dict())
     advance("outputs")
     with torch.no_grad():
-        outputs = {name: model(photographs, patch_size) for name, model in models.items()}
+        outputs = {name: logits(model.eval(), photographs, patch_size) for name, model in models.items()}
     difference = (outputs[PLAIN] - outputs[CONVERTED]).abs().max() / outputs[PLAIN].abs().max()
     clock = timing.clock_for(device)
 
-    def task(model: VisionTransformer) -> timing.Task:
+    def task(model: torch.nn.Module) -> timing.Task:
         return lambda: (clock.elapsed(lambda: step(model, photographs, patch_size))[0],)
 
-    tasks = {name: task(model) for name, model in models.items()}
+    tasks = {name: task(model.train()) for name, model in models.items()}
     for run in tasks.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -101,7 +107,7 @@ def compare(
     )
 
 
-def saved_for_backward(model: VisionTransformer, photographs: torch.Tensor, patch_size: int) -> int:
+def saved_for_backward(model: torch.nn.Module, photographs: torch.Tensor, patch_size: int | None) -> int:
     """Bytes that autograd keeps between forward and backward, parameters and input apart, each storage once."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), photographs)}
     sizes: dict[int, int] = {}
@@ -116,13 +122,13 @@ def saved_for_backward(model: VisionTransformer, photographs: torch.Tensor, patc
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(photographs, patch_size)
+        output = logits(model, photographs, patch_size)
     del output
     return sum(sizes.values())
 
 
 def _peaks(
-    models: dict[str, VisionTransformer], settings: Settings, photographs: torch.Tensor, patch_size: int
+    models: dict[str, torch.nn.Module], settings: Settings, photographs: torch.Tensor, patch_size: int | None
 ) -> dict[str, int] | None:
     if photographs.is_cuda:
         return {name: _peak_on_gpu(model, photographs, patch_size) for name, model in models.items()}
@@ -149,7 +155,7 @@ def _peaks(
     return peaks
 
 
-def _peak_on_gpu(model: VisionTransformer, photographs: torch.Tensor, patch_size: int) -> int:
+def _peak_on_gpu(model: torch.nn.Module, photographs: torch.Tensor, patch_size: int | None) -> int:
     step(model, photographs, patch_size)
     model.zero_grad()
     torch.cuda.synchronize()

@@ -14,7 +14,13 @@ from fastreg.cli.workloads import Function, Problem
 
 EAGER, COMPILE = "eager", "compile"
 
-LABELS = {EAGER: "torch eager", COMPILE: "torch.compile", "liger": "Liger"}
+LABELS = {
+    EAGER: "torch eager",
+    COMPILE: "torch.compile",
+    "liger": "Liger",
+    "no_cudnn": "torch eager without cuDNN",
+    "timm": "timm",
+}
 
 
 def label(name: str) -> str:
@@ -77,4 +83,5 @@ def providers_for(problem: Problem) -> tuple[list[Provider], dict[str, str]]:
             missing[name] = function
         else:
             found.append(Provider(name, function, peer=True))
-    return found, missing
+    found = [provider for provider in found if provider.name not in problem.left_out]
+    return found, {**missing, **problem.left_out}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastreg.cli.providers import COMPILE, EAGER
-from fastreg.cli.workloads import BOTH, DIRECTIONS, FORWARD
+from fastreg.cli.workloads import BOTH, DIRECTIONS, FORWARD, call_name, describe, title
 
 Record = dict[str, Any]
 
@@ -33,14 +33,12 @@ def geometric_mean(values: Iterable[float]) -> float | None:
 
 def where(record: Record) -> str:
     """The case of a record in words."""
-    return (
-        f"{record['op']} {record['dtype']} ({record['rows']}, {record['hidden_size']}) {record['direction']}"
-    )
+    return f"{describe(record)} {record['direction']}"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The cases of one op, dtype and direction (or all of them) in one line.
+    """The cases of one call in one layout, dtype and direction (or all of them) in one line.
 
     Attributes:
         name: what they have in common.
@@ -78,10 +76,12 @@ def group(name: tuple[str, ...], records: Sequence[Record]) -> Group:
 
 
 def groups(document: Record) -> list[Group]:
-    """One group an op, dtype and direction."""
-    records = document["cases"]
-    keys = dict.fromkeys((r["op"], r["dtype"], r["direction"]) for r in records)
-    return [group(key, [r for r in records if (r["op"], r["dtype"], r["direction"]) == key]) for key in keys]
+    """One group a call, layout, dtype and direction."""
+    found: dict[tuple[str, ...], list[Record]] = {}
+    for record in document["cases"]:
+        key = (title(record), record["dtype"], record["direction"])
+        found.setdefault(key, []).append(record)
+    return [group(key, records) for key, records in found.items()]
 
 
 def overall(document: Record) -> list[Group]:
@@ -135,7 +135,7 @@ def case_columns(providers: Sequence[str], label: Callable[[str], str]) -> list[
     rate, share = ours("gigabytes_per_second"), ours("share_of_copy")
     return [
         ("dtype", lambda record: str(record["dtype"])),
-        ("shape", lambda record: f"{record['rows']} x {record['hidden_size']}"),
+        ("shape", lambda record: " x ".join(map(str, record["shape"]))),
         ("direction", lambda record: str(record["direction"])),
         *((label(name), time_of(name)) for name in providers),
         ("GB/s", lambda record: number(rate(record))),
@@ -200,10 +200,10 @@ def machine_line(document: Record) -> str:
 
 
 def host_rows(document: Record) -> list[tuple[str, str, str, str, str]]:
-    """Op, way of calling, torch's and our microseconds, and ours over torch's."""
+    """Call, way of calling, torch's and our microseconds, and ours over torch's."""
     rows = []
     for record in document["host"]:
         eager = record["providers"][EAGER]["microseconds"]["median"]
         ours = record["providers"]["fastreg"]["microseconds"]["median"]
-        rows.append((record["op"], record["way"], number(eager), number(ours), cost_times(ours / eager)))
+        rows.append((call_name(record), record["way"], number(eager), number(ours), cost_times(ours / eager)))
     return rows

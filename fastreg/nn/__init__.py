@@ -1,6 +1,17 @@
 """The modules of ``torch.nn`` with fastreg's kernels: subclasses, so that isinstance and state dicts still work."""
 
+from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from fastreg.nn.layer_norm import LayerNorm
 from fastreg.nn.rms_norm import RMSNorm
+from fastreg.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct2d
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct2d",
+    "LayerNorm",
+    "RMSNorm",
+    "SyncBatchNorm",
+    "SyncBatchNormAct2d",
+]

@@ -6,7 +6,7 @@ import ctypes
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,11 @@ import torch
 
 from cuda_sim import build
 
-OPERATORS = ("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd")
+OPERATORS = (
+    *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
+    *("batch_norm_fwd", "batch_norm_eval", "batch_norm_moments", "batch_norm_apply"),
+    *("batch_norm_bwd", "batch_norm_sums", "batch_norm_bwd_apply"),
+)
 ORDERS = ("first in first out", "last in first out", "random")
 
 
@@ -132,7 +136,8 @@ def launched() -> dict[str, int]:
     return dict(counts)
 
 
-def kernels() -> set[str]:
+@cache
+def kernels() -> frozenset[str]:
     """Every instance of every ``__global__`` function in the library."""
     names = global_functions()
     loaded_library()
@@ -142,7 +147,7 @@ def kernels() -> set[str]:
     symbols = {
         readable(line.split(" ", 2)[2]) for line in listing.splitlines() if " W " in line or " T " in line
     }
-    return {symbol for symbol in symbols if symbol.partition("<")[0] in names}
+    return frozenset(symbol for symbol in symbols if symbol.partition("<")[0] in names)
 
 
 def global_functions(folder: Path = build.ROOT / "csrc" / "cuda") -> set[str]:
@@ -153,52 +158,30 @@ def global_functions(folder: Path = build.ROOT / "csrc" / "cuda") -> set[str]:
     return found
 
 
-def _operator(name: str, tensor: torch.Tensor) -> Callable[..., Any]:
-    if tensor.dtype == torch.float64:
-        raise RuntimeError(f"the cuda_sim backend cannot serve {tensor.dtype}: the reference backend does")
-    loaded_library()
-    return getattr(torch.ops.fastreg_cuda_sim, name).default  # type: ignore[no-any-return]
+def _passed_on(name: str) -> Callable[..., Any]:
+    """The door of csrc/cuda that the operator ``fastreg::<name>`` has; it takes the same arguments."""
+
+    def call(*arguments: Any) -> Any:
+        dtype = next(each.dtype for each in arguments if isinstance(each, torch.Tensor))
+        if dtype == torch.float64:
+            raise RuntimeError(f"the cuda_sim backend cannot serve {dtype}: the reference backend does")
+        loaded_library()
+        return getattr(torch.ops.fastreg_cuda_sim, name).default(*arguments)
+
+    return call
 
 
-def layer_norm_fwd(
-    input: torch.Tensor,
-    normalized_ndim: int,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _operator("layer_norm_fwd", input)(input, normalized_ndim, weight, bias, eps)  # type: ignore[no-any-return]
-
-
-def layer_norm_bwd(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    normalized_ndim: int,
-    statistics: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments = (grad_output, input, normalized_ndim, statistics, weight, bias, list(output_mask))
-    return _operator("layer_norm_bwd", input)(*arguments)  # type: ignore[no-any-return]
-
-
-def rms_norm_fwd(
-    input: torch.Tensor, normalized_ndim: int, weight: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _operator("rms_norm_fwd", input)(input, normalized_ndim, weight, eps)  # type: ignore[no-any-return]
-
-
-def rms_norm_bwd(
-    grad_output: torch.Tensor,
-    input: torch.Tensor,
-    normalized_ndim: int,
-    statistics: torch.Tensor,
-    weight: torch.Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = (grad_output, input, normalized_ndim, statistics, weight, list(output_mask))
-    return _operator("rms_norm_bwd", input)(*arguments)  # type: ignore[no-any-return]
+layer_norm_fwd = _passed_on("layer_norm_fwd")
+layer_norm_bwd = _passed_on("layer_norm_bwd")
+rms_norm_fwd = _passed_on("rms_norm_fwd")
+rms_norm_bwd = _passed_on("rms_norm_bwd")
+batch_norm_fwd = _passed_on("batch_norm_fwd")
+batch_norm_eval = _passed_on("batch_norm_eval")
+batch_norm_bwd = _passed_on("batch_norm_bwd")
+batch_norm_moments = _passed_on("batch_norm_moments")
+batch_norm_apply = _passed_on("batch_norm_apply")
+batch_norm_sums = _passed_on("batch_norm_sums")
+batch_norm_bwd_apply = _passed_on("batch_norm_bwd_apply")
 
 
 def register() -> None:

@@ -159,18 +159,26 @@ def _program(
     return _linked(source.stem, [program, *_simulator_objects(common)], [*sanitizer, "-rdynamic", "-ldl"])
 
 
+STANDALONE = ("standalone", "standalone_batch_norm")
+
+
 def standalone(
-    kernels: Path = ROOT / "csrc", sanitize: str = "", trace: bool = False, extra: Sequence[str] = ()
+    kernels: Path = ROOT / "csrc",
+    sanitize: str = "",
+    trace: bool = False,
+    extra: Sequence[str] = (),
+    name: str = STANDALONE[0],
 ) -> Path:
-    """The program of standalone.cpp: the kernels against fp64 without torch.
+    """A program of kernels against fp64 without torch.
 
     Args:
         kernels: csrc, or a copy of it that was changed on purpose.
         sanitize: what to give to ``-fsanitize=``.
         trace: whether every access to memory is checked (tracer.h).
         extra: flags for the compiler.
+        name: of its source file, one of ``STANDALONE``.
     """
-    return _program(HERE / "standalone.cpp", kernels, sanitize=sanitize, trace=trace, extra=extra)
+    return _program(HERE / f"{name}.cpp", kernels, sanitize=sanitize, trace=trace, extra=extra)
 
 
 def features(trace: bool = False, ucontext: bool = False) -> Path:

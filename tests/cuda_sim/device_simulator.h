@@ -298,6 +298,11 @@ void copy_async_wait() {
   simulator::copy_async_wait(pending);
 }
 
+inline void grid_barrier(FASTREG_SITE) { simulator::grid_barrier({file, line}); }
+
+using simulator::counter_arrive;
+using simulator::counter_wait;
+
 inline unsigned cluster_rank() { return simulator::running->block->rank; }
 
 inline void cluster_arrive() { simulator::cluster_arrive(false); }

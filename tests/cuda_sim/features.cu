@@ -224,6 +224,28 @@ __global__ void grid_barrier_kernel(const Arguments arguments) {
   arguments.output[thread_of_grid()] = arguments.scratch[(thread_of_grid() + threads) % size];
 }
 
+// Pairs of blocks meet at a counter each, several times; what one writes before, the other reads after.
+__global__ void counter_kernel(const Arguments arguments) {
+  unsigned* const counter = reinterpret_cast<unsigned*>(arguments.scratch) + blockIdx.x / 2;
+  int* const values = arguments.scratch + gridDim.x / 2;
+  const int size = static_cast<int>(gridDim.x * blockDim.x);
+  if (threadIdx.x == 0 && blockIdx.x % 2 == 0) *counter = 0;
+  grid_barrier();
+  int sum = 0;
+  for (unsigned round = 0; round < 3; ++round) {
+    int* const of_round = values + static_cast<int>(round % 2) * size;
+    of_round[thread_of_grid()] = arguments.input[thread_of_grid()] + static_cast<int>(round);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      counter_arrive(counter);
+      counter_wait(counter, 2 * (round + 1));
+    }
+    __syncthreads();
+    sum += __ldcg(of_round + (thread_of_grid() ^ threads));
+  }
+  arguments.output[thread_of_grid()] = sum;
+}
+
 // The block that is done last adds up what all have written.
 __global__ void last_block_kernel(const Arguments arguments) {
   FASTREG_SHARED(Exchanged, shared);
@@ -427,6 +449,9 @@ std::vector<Feature> features() {
   all.push_back({"barriers of the whole grid", launch<grid_barrier_kernel, Arguments>, shape_of(6, 1, 0, true),
                  6 * threads, 6 * threads, 6 * threads, 0,
                  [](int index) { return 2 * input_at(6 * threads - 1 - (index + threads) % (6 * threads)); }, nullptr});
+  all.push_back({"counters at which some blocks meet", launch<counter_kernel, Arguments>, shape_of(4, 1, 0, true),
+                 4 * threads, 4 * threads, 2 + 8 * threads, 0,
+                 [](int index) { return 3 * input_at(index ^ threads) + 3; }, nullptr});
   all.push_back({"the last block, by fences and an atomic counter", launch<last_block_kernel, Arguments>, shape_of(7),
                  7 * threads, threads, 1 + 7 * threads, 0,
                  [](int index) {

@@ -174,6 +174,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, std::funct
   launch.variables.clear();
   launch.variables_bytes = 0;
   launch.at_grid_barrier.clear();
+  launch.at_counter.clear();
   launch.exited = 0;
   launch.error.clear();
   launch.random.seed(the_schedule.seed);

@@ -212,6 +212,33 @@ void mailbox_not_published(const Arguments) {
   if (thread_index() == 0) mailbox_send(&exchange.blocks[0][0][0], &exchange.mailboxes[0], 1 - cluster_rank(), 1.0f);
 }
 
+void counter_in_a_plain_launch(const Arguments arguments) {
+  unsigned* const counter = reinterpret_cast<unsigned*>(arguments.tensor);
+  if (thread_index() == 0) {
+    counter_arrive(counter);
+    counter_wait(counter, 2);
+  }
+}
+
+void counter_at_which_too_few_arrive(const Arguments arguments) {
+  unsigned* const counter = reinterpret_cast<unsigned*>(arguments.tensor);
+  if (thread_index() == 0) {
+    counter_arrive(counter);
+    counter_wait(counter, 3);
+  }
+}
+
+void counter_without_a_barrier(const Arguments arguments) {
+  int* const values = arguments.tensor + threads;
+  values[static_cast<int>(blockIdx.x) * threads + thread_index()] = thread_index();
+  if (thread_index() == 0) {
+    counter_arrive(reinterpret_cast<unsigned*>(arguments.tensor));
+    counter_wait(reinterpret_cast<unsigned*>(arguments.tensor), 2);
+  }
+  __syncthreads();
+  arguments.tensor[1 + thread_index() % 8] = values[(1 - static_cast<int>(blockIdx.x)) * threads + thread_index()];
+}
+
 // --- all of them -----------------------------------------------------------------------------------------------------
 
 struct Mistake {
@@ -252,6 +279,9 @@ const Mistake mistakes[] = {
     MISTAKE(grid_barrier_in_a_plain_launch, "not cooperative", 2, 1, false),
     MISTAKE(grid_barrier_that_some_blocks_skip, "divergent barrier", 2, 1, true),
     MISTAKE(missing_grid_barrier, "race: a", 2, 1, true),
+    MISTAKE(counter_in_a_plain_launch, "not cooperative", 2, 1, false),
+    MISTAKE(counter_at_which_too_few_arrive, "threads wait at a counter", 2, 1, true),
+    MISTAKE(counter_without_a_barrier, "race: a read", 2, 1, true),
     MISTAKE(write_to_a_block_that_has_not_started, "has not started", 2, 2, false),
     MISTAKE(write_to_a_block_that_has_ended, "has ended", 2, 2, false),
     MISTAKE(missing_cluster_barrier, "race: a", 2, 2, false),

@@ -2,7 +2,7 @@
 
 Every ``__syncthreads``, fence, wait, lane mask and bound in csrc/cuda has a mutant of its own, found in the sources by
 what it looks like, so that a new kernel has its mutants the day it is written; the mistakes that have no such pattern
-are listed. A mutant is compiled into the program of standalone.cpp with the tracer and run. Most mistakes end it at
+are listed. A mutant is compiled into a program of standalone*.cpp with the tracer and run. Most mistakes end it at
 the first case that reaches them. README.md has the table of what found which:
 
     python tests/cuda_sim/mutants.py     runs all of them and writes it
@@ -98,6 +98,22 @@ _PATTERNS = (
     _Pattern("no bound {}", r"(\bcolumn < arguments\.columns)", "true"),
     _Pattern("no bound {}", r"(\blane < (?:team\.warps\(\)|cluster))", "true"),
     _Pattern("one beyond {}", r"(\boffset >= packs)\)", "offset > packs"),
+    # batch norm
+    _Pattern("no {}", r"^ *(counter_(?:arrive|wait)\(.*\);)", ";"),
+    _Pattern("no {}", r"^ *(grid_barrier\(\);)", ";"),
+    _Pattern("no bound {}", r"(\b(?:walk|behind)\.(?:valid|has_channels)\(\))", "true"),
+    _Pattern("no bound {}", r"(\bhas_channel\b)(?=\)| &&)", "true"),
+    _Pattern("no bound {}", r"(\b(?:item < items|place < line_end|line_end != 0)\b)", "true"),
+    _Pattern("no bound {}", r"(\bdown < active(?: - half)?)\)", "true"),
+    _Pattern("one beyond {}", r"(\bdown >= half)\b", "down > half"),
+    _Pattern("no bound {}", r"(thread % warp_lanes < finish_channels)", "true"),
+    _Pattern(
+        "no bound {}", r"(static_cast<int>\(threadIdx\.x\) < \(rows \? [\w.]*plan\.lanes : 1\))", "true"
+    ),
+    _Pattern("no bound {}", r"(\bpart\.has\(index\))", "true"),
+    _Pattern("one beyond {}", r"(\brow < walk\.count)\b", "row <= walk.count"),
+    _Pattern("one beyond {}", r"return (place < count);", "place <= count"),
+    _Pattern("every lane stores {}", r"(\belement % 8 == 0)\)", "true"),
 )
 
 # (name, file, what is replaced, its replacement): mistakes of one word that no pattern removes.
@@ -145,6 +161,48 @@ _LISTED = (
         "return aligned(data, 16);",
     ),
     (
+        "a pack of a plane that goes on in the next one",
+        "batch_norm_launch.cuh",
+        "problem.wide = problem.line_elements() % full_width<Element> == 0;",
+        "problem.wide = true;",
+    ),
+    (
+        "blocks of a channel that all store the statistics",
+        "batch_norm_forward.cuh",
+        "saves = walk.part == 0 &&",
+        "saves =",
+    ),
+    (
+        "the second sum exchanged where the first is still read",
+        "batch_norm_finish.cuh",
+        "over_slices(sum, tables.second)",
+        "over_slices(sum, tables.first)",
+    ),
+    (
+        "partial moments that count as full ones",
+        "batch_norm_finish.cuh",
+        "plan.items - start < plan.share ? plan.items - start : plan.share",
+        "plan.share",
+    ),
+    (
+        "two blocks write the same partial moments",
+        "batch_norm_forward.cuh",
+        "arguments.partials + walk.part * norm.shape.channels",
+        "arguments.partials + walk.part / 2 * norm.shape.channels",
+    ),
+    (
+        "the sums of another activation's derivative",
+        "batch_norm_backward.cuh",
+        "argument_gradients(norm.activation, affine",
+        "argument_gradients(ActivationArguments{Activation::identity, 0.0f}, affine",
+    ),
+    (
+        "relu's sign where z is compared the other way",
+        "activation.cuh",
+        "relu ? !(arguments[index] <= 0.0f)",
+        "relu ? arguments[index] <= 0.0f",
+    ),
+    (
         "a store that truncates",
         "vec.cuh",
         "__floats2bfloat162_rn(values[2 * index], values[2 * index + 1]);",
@@ -153,8 +211,16 @@ _LISTED = (
 )
 
 # The files of kernels and of what they share; not the vocabulary itself, the launch code and the plans.
-_KERNELS = re.compile(r"reduce\.cuh|vec\.cuh|.*_(forward|backward).*\.cuh")
+_KERNELS = re.compile(
+    r"reduce\.cuh|vec\.cuh|.*_(forward|backward).*\.cuh|batch_norm(?!_launch|_resident\.).*\.cuh"
+)
 
+# The program that runs a file's kernels, and as little else as there can be.
+_PROGRAMS = (
+    (re.compile(r"batch_norm_resident.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_RESIDENT")),
+    (re.compile(r"batch_norm.*|activation.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_STREAMING")),
+    (re.compile(r".*"), ("standalone",)),
+)
 
 _FUNCTION = re.compile(
     r"\b(\w+)\(const \w+Arguments arguments\) \{|__device__ __forceinline__ [^(\n]*?(\w+)\("
@@ -204,6 +270,13 @@ def output_of(program: Path) -> str:
     return ""
 
 
+def program_of(file: str, kernels: Path = build.ROOT / "csrc", sanitize: str = "") -> Path:
+    """The program that runs the kernels of a file, of all or changed ones, with the tracer or a sanitizer."""
+    name, *parts = next(program for expression, program in _PROGRAMS if expression.fullmatch(file))
+    few = ("-w", "-DFASTREG_STANDALONE_FEW", *parts)
+    return build.standalone(kernels, sanitize, trace=not sanitize, extra=few, name=name)
+
+
 def run(mutant: Mutant, sanitize: str = "") -> str:
     """Build and run a mutant, with the tracer or a sanitizer; returns what the program says of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -212,8 +285,7 @@ def run(mutant: Mutant, sanitize: str = "") -> str:
         path = sources / "cuda" / mutant.file
         text = path.read_text()
         path.write_text(text[: mutant.start] + mutant.new + text[mutant.end :])
-        few = ("-w", "-DFASTREG_STANDALONE_FEW")
-        return output_of(build.standalone(sources, sanitize, trace=not sanitize, extra=few))
+        return output_of(program_of(mutant.file, sources, sanitize))
 
 
 def check_that_found(output: str) -> str:

@@ -106,6 +106,30 @@ void grid_barrier(Site site) {
   wait_for_others();
 }
 
+void counter_arrive(unsigned* counter) {
+  tracer::fence(*running);
+  tracer::atomic_access(counter, sizeof(*counter), __builtin_return_address(0));
+  ++*counter;
+  std::vector<Thread*> released;
+  for (const auto& [waited_for, thread] : launch.at_counter) {
+    if (waited_for == counter) released.push_back(thread);
+  }
+  std::erase_if(launch.at_counter, [&](const auto& waiting) { return waiting.first == counter; });
+  make_ready(released);
+}
+
+void counter_wait(unsigned* counter, unsigned target) {
+  if (!launch.cooperative) {
+    fail("a counter is waited for by " + describe(*running) + " in a launch that is not cooperative");
+  }
+  while (static_cast<int>(*counter - target) < 0) {
+    launch.at_counter.emplace_back(counter, running);
+    wait_for_others();
+  }
+  tracer::atomic_access(counter, sizeof(*counter), __builtin_return_address(0));
+  tracer::fence(*running);
+}
+
 // --- clusters --------------------------------------------------------------------------------------------------------
 
 void cluster_arrive(bool releases) {

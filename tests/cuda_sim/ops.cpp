@@ -7,6 +7,8 @@
 #include <iterator>
 #include <string>
 
+#include "../../csrc/cuda/batch_norm_plan.h"
+#include "../../csrc/cuda/batch_norm_resident_plan.h"
 #include "../../csrc/cuda/layer_norm_plan.h"
 #include "simulator.h"
 
@@ -60,6 +62,34 @@ void cuda_sim_backward_plan(int architecture, int multiprocessors, int64_t rows,
                             plan.blocks,
                             plan.shared_bytes,
                             plan.partials};
+  std::copy(std::begin(values), std::end(values), fields);
+}
+
+void cuda_sim_stream_plan(int architecture, int multiprocessors, int64_t samples, int64_t channels, int64_t spatial,
+                          int element_size, bool rows, bool wide, bool backward, bool whole_bytes, int64_t* fields) {
+  const fastreg::cuda::ChannelProblem problem{samples, channels, spatial, element_size, rows, wide};
+  const int packs = backward ? fastreg::cuda::stream_backward_packs(problem.width())
+                             : fastreg::cuda::stream_forward_packs(problem.width());
+  const auto plan = fastreg::cuda::stream_plan(problem, traits_of(architecture, multiprocessors), packs, whole_bytes);
+  const int64_t values[] = {plan.threads, plan.lanes, plan.line_packs, plan.across,
+                            plan.items,   plan.parts, plan.share,      plan.blocks};
+  std::copy(std::begin(values), std::end(values), fields);
+}
+
+void cuda_sim_resident_plan(int architecture, int multiprocessors, int64_t samples, int64_t channels, int64_t spatial,
+                            int element_size, bool rows, int tensors, bool signs, bool regular, int grain,
+                            int64_t* fields) {
+  const auto plan = fastreg::cuda::resident_plan(
+      {rows, samples, channels, spatial, element_size, tensors, signs, regular, grain},
+      traits_of(architecture, multiprocessors));
+  const int64_t values[] = {static_cast<int64_t>(plan.kind),
+                            plan.slab_blocks,
+                            plan.threads,
+                            plan.groups,
+                            plan.slabs,
+                            plan.columns,
+                            plan.share,
+                            plan.shared_bytes};
   std::copy(std::begin(values), std::end(values), fields);
 }
 }

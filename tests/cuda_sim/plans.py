@@ -1,9 +1,11 @@
-"""The launch plans of csrc/cuda/layer_norm_plan.h, as they are computed there."""
+"""The launch plans of csrc/cuda/*_plan.h, as they are computed there."""
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import astuple, dataclass, fields
+from typing import Any
 
 from cuda_sim.backend import Device, loaded_library
 
@@ -42,33 +44,96 @@ class BackwardPlan:
     partials: int
 
 
-def _fields(name: str, count: int, problem: Problem, device: Device) -> list[int]:
+@dataclass(frozen=True)
+class ChannelProblem:
+    """What a streaming kernel of batch norm is planned for."""
+
+    samples: int
+    channels: int
+    spatial: int
+    element_size: int = 2
+    rows: bool = False
+    wide: bool = True
+    backward: bool = False
+    whole_bytes: bool = False  # sign bits are stored
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    threads: int
+    lanes: int
+    line_packs: int
+    across: int
+    items: int
+    parts: int
+    share: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class ResidentProblem:
+    """What batch norm with its slabs on chip is planned for."""
+
+    samples: int
+    channels: int
+    spatial: int
+    element_size: int = 2
+    rows: bool = False
+    tensors: int = 1  # held on chip
+    signs: bool = False
+    regular: bool = True
+    grain: int = 16
+
+
+@dataclass(frozen=True)
+class ResidentPlan:
+    kind: int  # 0: none, 1: a block a slab, 2: a cluster, 3: blocks that run at once
+    slab_blocks: int
+    threads: int
+    groups: int
+    slabs: int
+    columns: int
+    share: int
+    shared_bytes: int
+
+    @property
+    def blocks(self) -> int:
+        return self.groups * self.slab_blocks
+
+
+_TYPES = {bool: ctypes.c_bool, int: ctypes.c_int64}
+# Of the fields that are no 64-bit numbers.
+_SHORT = {"element_size", "tensors", "grain"}
+
+
+def _fields(
+    name: str, count: int, problem: Any, device: Device, short: Collection[str] = _SHORT
+) -> list[int]:
     function = getattr(loaded_library(), name)
-    function.argtypes = [
-        *[ctypes.c_int] * 2,
-        ctypes.c_int64,
-        *[ctypes.c_int] * 2,
-        *[ctypes.c_bool] * 2,
-        ctypes.POINTER(ctypes.c_int64),
+    types = [
+        ctypes.c_int if each.name in short else _TYPES[type(getattr(problem, each.name))]
+        for each in fields(problem)
     ]
+    function.argtypes = [*[ctypes.c_int] * 2, *types, ctypes.POINTER(ctypes.c_int64)]
     function.restype = None
     values = (ctypes.c_int64 * count)()
-    function(
-        device.architecture,
-        device.multiprocessors,
-        problem.rows,
-        problem.columns,
-        problem.element_size,
-        problem.centred,
-        problem.wide,
-        values,
-    )
+    function(device.architecture, device.multiprocessors, *astuple(problem), values)
     return list(values)
 
 
 def forward_plan(problem: Problem, device: Device) -> ForwardPlan:
-    return ForwardPlan(*_fields("cuda_sim_forward_plan", 8, problem, device))
+    short = {"columns", "element_size"}
+    return ForwardPlan(*_fields("cuda_sim_forward_plan", 8, problem, device, short))
 
 
 def backward_plan(problem: Problem, device: Device) -> BackwardPlan:
-    return BackwardPlan(*_fields("cuda_sim_backward_plan", 9, problem, device))
+    short = {"columns", "element_size"}
+    return BackwardPlan(*_fields("cuda_sim_backward_plan", 9, problem, device, short))
+
+
+def stream_plan(problem: ChannelProblem, device: Device) -> StreamPlan:
+    return StreamPlan(*_fields("cuda_sim_stream_plan", 8, problem, device))
+
+
+def resident_plan(problem: ResidentProblem, device: Device) -> ResidentPlan:
+    return ResidentPlan(*_fields("cuda_sim_resident_plan", 8, problem, device))

@@ -167,6 +167,10 @@ int block_barrier(int predicate, Site site);
 Lanes meet(uint32_t mask, uint64_t value, bool orders_memory, Site site);
 // All threads of a cooperative launch.
 void grid_barrier(Site site);
+// A counter in global memory, at which blocks of a cooperative launch wait for each other. Arriving is a fence and an
+// atomic addition, waiting an atomic read and a fence.
+void counter_arrive(unsigned* counter);
+void counter_wait(unsigned* counter, unsigned target);
 
 // `releases`: whether earlier writes become visible to those who wait.
 void cluster_arrive(bool releases);

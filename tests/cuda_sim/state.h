@@ -26,6 +26,7 @@ struct Launch {
   std::deque<Thread*> ready;
   std::vector<Thread*> at_grid_barrier;
   Site grid_barrier_site{};
+  std::vector<std::pair<const unsigned*, Thread*>> at_counter;
   unsigned exited = 0;
   std::string error;
   std::mt19937_64 random;

@@ -180,6 +180,7 @@ std::string describe_deadlock() {
     text << " divergent barrier: " << launch.at_grid_barrier.size() << " of " << launch.blocks * launch.threads
          << " threads wait for the grid at " << describe(launch.grid_barrier_site) << ";";
   }
+  if (!launch.at_counter.empty()) text << " " << launch.at_counter.size() << " threads wait at a counter;";
   for (const auto& cluster : launch.clusters) {
     if (!cluster->waiting.empty()) {
       text << " " << cluster->waiting.size() << " threads wait at a cluster barrier where " << cluster->arrived

@@ -121,7 +121,7 @@ class TruncatingStore(Mutant):
     symptom = "off|leans"
 
     def store(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return _truncated(rows, dtype)
+        return truncated(rows, dtype)
 
 
 class LeaningStore(Mutant):
@@ -130,14 +130,14 @@ class LeaningStore(Mutant):
     symptom = "leans"
 
     def store(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        nearest, truncated = rows.to(dtype), _truncated(rows, dtype)
+        nearest, cut = rows.to(dtype), truncated(rows, dtype)
         if dtype not in HALVES:
             return nearest
         allowed = 0.5 * torch.finfo(dtype).eps * rows.abs()
-        return torch.where((truncated.float() - rows).abs() <= allowed, truncated, nearest)
+        return torch.where((cut.float() - rows).abs() <= allowed, cut, nearest)
 
 
-def _truncated(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def truncated(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     nearest = rows.to(dtype)
     if dtype not in HALVES:
         return nearest
@@ -199,17 +199,17 @@ class RowsRepeat(Mutant):
 
 class InputReadAsContiguous(Mutant):
     def load(self, tensor: torch.Tensor, ndim: int) -> torch.Tensor:
-        return super().load(_packed(tensor), ndim)
+        return super().load(packed(tensor), ndim)
 
 
 class GradOutputReadAsContiguous(Mutant):
     symptom = "grad_"
 
     def load_grad(self, tensor: torch.Tensor, ndim: int) -> torch.Tensor:
-        return self.load(_packed(tensor), ndim)
+        return self.load(packed(tensor), ndim)
 
 
-def _packed(tensor: torch.Tensor) -> torch.Tensor:
+def packed(tensor: torch.Tensor) -> torch.Tensor:
     """The elements that follow the first one in memory, whatever the strides say (as far as there are any)."""
     available = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
     if available < tensor.numel():

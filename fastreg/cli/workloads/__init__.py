@@ -1,8 +1,15 @@
 """What is measured: one module an op, named like the op, found by its file name.
 
-A workload module has ``make_problem(rows, hidden_size, dtype, device, parameter_dtype=None)``, which returns a
-``Problem``, and ``GRID``, the shapes of the committed benchmark for each device type. A new op adds its file here and
-nothing else.
+A workload module has
+
+- ``make_problem(case, device, parameter_dtype=None)``, which returns a ``Problem``;
+- ``GRID``: the shapes of the committed benchmark for each device type, and of a "rehearsal"; ``LAYOUTS`` and
+  ``CHAINS``: those in which each shape is measured;
+- ``SECONDS``: how long the rounds of one case take unless a command says otherwise;
+- ``PEERS``: the other libraries that its problems know;
+- ``CHECKS``: the shapes, layouts and chains that ``python -m fastreg check`` tries.
+
+A new op adds its file here and nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +17,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +41,9 @@ class Problem:
         torch_function: torch's own.
         fastreg_function: ours.
         peers: functions of other libraries by name, or the reason why one is not here.
-        truth: makes the exact results, in float64, a stretch of rows at a time.
+        truth: makes the exact results, in float64, a stretch at a time.
+        buffers: what every call updates in place, by name; also a result.
+        left_out: providers that are not run, with the reason.
     """
 
     op: str
@@ -45,6 +54,8 @@ class Problem:
     fastreg_function: Function
     peers: Mapping[str, Function | str]
     truth: Callable[[], Iterable[Exact]]
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def input(self) -> torch.Tensor:
@@ -60,10 +71,71 @@ class Problem:
         return torch.autograd.grad(output, tuple(self.arguments.values()), self.grad_output)
 
     def results(self, function: Function) -> dict[str, torch.Tensor]:
-        """Output and gradients by name."""
-        output = self.forward(function)
+        """Output, updated buffers and gradients by name; the buffers are then what they were before."""
+        before = {name: tensor.clone() for name, tensor in self.buffers.items()}
+        try:
+            output = self.forward(function)
+            after = {name: tensor.clone() for name, tensor in self.buffers.items()}
+            gradients = self.backward(output)
+        finally:
+            for name, tensor in before.items():
+                self.buffers[name].copy_(tensor)
         names = (f"grad_{name}" for name in self.arguments)
-        return {"output": output.detach(), **dict(zip(names, self.backward(output), strict=True))}
+        return {"output": output.detach(), **after, **dict(zip(names, gradients, strict=True))}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the grid.
+
+    Attributes:
+        layout: of the activations in memory, for an op that knows several.
+        chain: what is computed with the op in one call, joined by plus signs ("add+relu"); empty for the op alone.
+    """
+
+    op: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str = ""
+    chain: str = ""
+
+    def __str__(self) -> str:
+        return describe(self.record())
+
+    def record(self) -> dict[str, Any]:
+        """The case as a result document has it."""
+        return {
+            "op": self.op,
+            "chain": self.chain,
+            "layout": self.layout,
+            "dtype": dtype_name(self.dtype),
+            "shape": list(self.shape),
+        }
+
+    def problem(self, device: torch.device, parameter_dtype: torch.dtype | None = None) -> Problem:
+        """The tensors and functions of this case; the parameters in the workload's choice of dtype if not given."""
+        problem: Problem = workload(self.op).make_problem(self, device, parameter_dtype)
+        return problem
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def call_name(record: Mapping[str, Any]) -> str:
+    """What a record of a document calls: batch_norm+add+relu."""
+    return "+".join(filter(None, (record["op"], record["chain"])))
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """What a record calls, and the layout where there are several: batch_norm+add+relu channels_last."""
+    return " ".join(filter(None, (call_name(record), record["layout"])))
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """The case of a record in words."""
+    return f"{title(record)} {record['dtype']} ({', '.join(map(str, record['shape']))})"
 
 
 def names() -> tuple[str, ...]:

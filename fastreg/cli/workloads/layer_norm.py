@@ -9,7 +9,7 @@ import torch
 
 from fastreg import functional
 from fastreg.cli.gate import Exact
-from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Function, Problem
+from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Problem
 
 EPS = 1e-5
 
@@ -21,7 +21,16 @@ GRID: dict[str, tuple[tuple[int, int], ...]] = {
         (2**26 // hidden_size, hidden_size)
         for hidden_size in (256, 512, 768, 1024, 2048, 4096, 8192, 16384, 65536)
     ),
+    "rehearsal": ((64, 256),),
 }
+LAYOUTS = CHAINS = ("",)
+SECONDS = 8.0
+PEERS = ("liger",)
+# Rows of one element, odd sizes on both sides of the vector widths, ordinary ones, and one longer than any chip's row.
+CHECKS = tuple(
+    (shape, "", "")
+    for shape in ((3, 1), (1, 17), (7, 127), (65, 257), (300, 768), (33, 1000), (2, 8193), (3, 65536))
+)
 
 # A stretch of rows in float64 that stays in a CPU's last cache level.
 _STRETCH = 2**19
@@ -48,26 +57,10 @@ def bytes_moved(
     return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
 
 
-def make_problem(
-    rows: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    parameter_dtype: torch.dtype | None = None,
-) -> Problem:
-    """Layer norm of random rows, with random parameters (of the same dtype unless another is given)."""
-    return norm_problem("layer_norm", rows, hidden_size, dtype, device, parameter_dtype or dtype)
-
-
-def norm_problem(
-    op: str,
-    rows: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    parameter_dtype: torch.dtype,
-) -> Problem:
-    """The problem of either norm."""
+def make_problem(case: Case, device: torch.device, parameter_dtype: torch.dtype | None = None) -> Problem:
+    """Layer norm of random rows, or RMS norm; random parameters, of the same dtype unless another is given."""
+    op, dtype, (rows, hidden_size) = case.op, case.dtype, case.shape
+    parameter_dtype = parameter_dtype or dtype
     centred = op == "layer_norm"
     generator = torch.Generator().manual_seed(rows + hidden_size)
 
@@ -144,7 +137,7 @@ def exact_results(
             rstd = ((x - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
             normalized, normalized_terms = (x - mean) * rstd, (x.abs() + mean.abs()) * rstd
             yield Exact(
-                "output", normalized * weight + bias, normalized_terms * weight.abs() + bias.abs(), stretch
+                "output", normalized * weight + bias, normalized_terms * weight.abs() + bias.abs(), (stretch,)
             )
             scaled = dy * weight
             projection = (scaled * normalized).mean(1, keepdim=True)
@@ -155,7 +148,7 @@ def exact_results(
                     value - scaled.mean(1, keepdim=True),
                     terms + scaled.abs().mean(1, keepdim=True),
                 )
-            yield Exact("grad_input", rstd * value, rstd * terms, stretch)
+            yield Exact("grad_input", rstd * value, rstd * terms, (stretch,))
             parts = (dy * normalized, dy.abs() * normalized_terms, dy, dy.abs())
             for total, part in zip(sums, parts, strict=True):
                 total += part.sum(0)

@@ -1,0 +1,241 @@
+// What batch norm's kernels share: where the lines of a tile lie, what is known of their channels, and how a tile is
+// cut into lines and blocks.
+//
+// A line is a run of adjacent elements: a plane or a block of one, whose elements share their channel, or the
+// channels of a row. The loops over a line's elements are the same for both families; what differs is whether the
+// channel's values are broadcast once or loaded beside each vector.
+
+#pragma once
+
+#include "activation.simd.h"
+#include "batch_norm.h"
+#include "simd.h"
+#include "simd_bits.h"
+
+namespace fastreg::FASTREG_SIMD {
+
+// --- channels ----------------------------------------------------------------------------------------------
+
+// An array of one value a channel, as a line sees it from `channel` on.
+template <bool rows, class Scalar>
+struct ChannelValues;
+
+template <class Scalar>
+struct ChannelValues<false, Scalar> {
+  Vector<Scalar> value{};
+
+  FASTREG_INLINE ChannelValues(const void* data, int64_t channel) {
+    if (data != nullptr) {
+      value = broadcast(static_cast<const Scalar*>(data)[channel]);
+    }
+  }
+
+  template <class Lanes>
+  FASTREG_INLINE Vector<Scalar> at(Lanes, int64_t) const {
+    return value;
+  }
+};
+
+template <class Scalar>
+struct ChannelValues<true, Scalar> {
+  const Scalar* values;
+
+  FASTREG_INLINE ChannelValues(const void* data, int64_t channel)
+      : values(data == nullptr ? nullptr : static_cast<const Scalar*>(data) + channel) {}
+
+  template <class Lanes>
+  FASTREG_INLINE Vector<Scalar> at(Lanes lanes, int64_t column) const {
+    return values == nullptr ? Vector<Scalar>{} : lanes.load(values + column);
+  }
+};
+
+// --- lines -------------------------------------------------------------------------------------------------
+
+// Rows that are worked on together: what is known of their channels is loaded once for all of them.
+constexpr int rows_per_group = 4;
+
+struct Line {
+  int64_t outer;    // sample, or row
+  int64_t inner;    // elements from there
+  int64_t channel;  // of the first element
+  int64_t elements;
+  int64_t signs;         // bytes from the beginning of all signs
+  int64_t signs_stride;  // from one row to the next
+};
+
+// The beginnings of the lines of a group in a tensor; null in one that is absent.
+template <int group, class Element>
+struct LinesOf {
+  Element* begin[group];
+
+  FASTREG_INLINE LinesOf(Element* data, int64_t outer_stride, const Line& line) {
+    for (int r = 0; r < group; ++r) {
+      begin[r] = data == nullptr ? nullptr : data + (line.outer + r) * outer_stride + line.inner;
+    }
+  }
+
+  FASTREG_INLINE explicit operator bool() const { return begin[0] != nullptr; }
+  FASTREG_INLINE Element* operator[](int r) const { return begin[r]; }
+};
+
+template <int group, class Element>
+FASTREG_INLINE LinesOf<group, const Element> lines_of(const BatchNormInput& tensor, const Line& line) {
+  return {static_cast<const Element*>(tensor.data), tensor.outer_stride, line};
+}
+
+// Of a dense output.
+template <int group, bool rows, class Element>
+FASTREG_INLINE LinesOf<group, Element> lines_of(void* data, const BatchNormGeometry& geometry, const Line& line) {
+  return {static_cast<Element*>(data), rows ? geometry.channels : geometry.channels * geometry.spatial, line};
+}
+
+template <int group, class Byte>
+FASTREG_INLINE LinesOf<group, Byte> signs_of(Byte* signs, const Line& line) {
+  return {signs, line.signs_stride, {0, line.signs, 0, 0, 0, 0}};
+}
+
+// Calls body.operator()<group>(line) for every line, or group of rows, of the tile, as they lie in memory.
+template <bool rows, int group, class Body>
+FASTREG_INLINE void for_lines(const BatchNormGeometry& geometry, const BatchNormTile& tile, const Body& body) {
+  if constexpr (rows) {
+    const int64_t bytes = (geometry.channels + 7) / 8;
+    const auto line_at = [&](int64_t row) {
+      return Line{row, tile.begin_channel, tile.begin_channel, tile.end_channel - tile.begin_channel,
+                  row * bytes + tile.begin_channel / 8, bytes};
+    };
+    int64_t row = tile.begin_unit;
+    for (; row + group <= tile.end_unit; row += group) {
+      body.template operator()<group>(line_at(row));
+    }
+    for (; row < tile.end_unit; ++row) {
+      body.template operator()<1>(line_at(row));
+    }
+  } else {
+    const int64_t bytes = (geometry.spatial + 7) / 8;
+    int64_t sample = tile.begin_unit / geometry.units_per_plane;
+    int64_t begin = tile.begin_unit % geometry.units_per_plane * geometry.elements_per_unit;
+    for (int64_t unit = tile.begin_unit; unit < tile.end_unit; ++unit) {
+      const int64_t rest = geometry.spatial - begin;
+      const int64_t elements = rest < geometry.elements_per_unit ? rest : geometry.elements_per_unit;
+      for (int64_t channel = tile.begin_channel; channel < tile.end_channel; ++channel) {
+        body.template operator()<1>(Line{sample, channel * geometry.spatial + begin, channel, elements,
+                                         (sample * geometry.channels + channel) * bytes + begin / 8, 0});
+      }
+      begin += elements;
+      if (begin == geometry.spatial) {
+        begin = 0;
+        ++sample;
+      }
+    }
+  }
+}
+
+// --- blocks ------------------------------------------------------------------------------------------------
+
+// Calls body(block) for every block of units in the tile, which begins with one.
+template <class Body>
+FASTREG_INLINE void for_blocks(const BatchNormGeometry& geometry, const BatchNormTile& tile, const Body& body) {
+  BatchNormTile block = tile;
+  for (; block.begin_unit < tile.end_unit; block.begin_unit = block.end_unit) {
+    const int64_t end = block.begin_unit + geometry.units_per_block;
+    block.end_unit = end < tile.end_unit ? end : tile.end_unit;
+    body(block);
+  }
+}
+
+// Elements of each channel in units [begin, end).
+FASTREG_INLINE int64_t elements_before(const BatchNormGeometry& geometry, int64_t unit) {
+  return unit / geometry.units_per_plane * geometry.spatial +
+         unit % geometry.units_per_plane * geometry.elements_per_unit;
+}
+
+template <bool rows>
+FASTREG_INLINE int64_t elements_of_channel(const BatchNormGeometry& geometry, int64_t begin, int64_t end) {
+  return rows ? end - begin : elements_before(geometry, end) - elements_before(geometry, begin);
+}
+
+template <bool rows>
+constexpr int64_t channels_per_tile = rows ? columns_per_tile : planes_per_tile;
+
+// The sums of a block: a vector of lanes for a channel in the planes family, a lane in the rows family.
+template <bool rows, class Scalar>
+class BlockSums {
+ public:
+  FASTREG_INLINE void clear(int64_t channels) {
+    const int64_t count = rows ? channels + lanes_of<Scalar> : channels * lanes_of<Scalar>;
+    __builtin_memset(sums_, 0, static_cast<size_t>(count) * sizeof(Scalar));
+  }
+
+  // index: of a channel, or of the first of a vector of channels.
+  FASTREG_INLINE void add(int64_t index, Vector<Scalar> values) {
+    Scalar* const sums = sums_ + (rows ? index : index * lanes_of<Scalar>);
+    AllLanes{}.store(sums, AllLanes{}.load(sums) + values);
+  }
+
+  FASTREG_INLINE double total(int64_t channel) const {
+    if constexpr (rows) {
+      return double(sums_[channel]);
+    } else {
+      return sum_lanes(in_double(AllLanes{}.load(sums_ + channel * lanes_of<Scalar>)));
+    }
+  }
+
+ private:
+  alignas(vector_bytes) Scalar
+      sums_[rows ? columns_per_tile + lanes_of<Scalar> : planes_per_tile * lanes_of<Scalar>];
+};
+
+// Two sums over a line of a plane. Each of `unroll` accumulators takes a few additions in a row only, so that long
+// sums of equal elements do not lose digits.
+template <int unroll, class Scalar, class Body>
+FASTREG_INLINE void sum_plane(int64_t elements, int64_t index, BlockSums<false, Scalar>& first,
+                              BlockSums<false, Scalar>& second, const Body& body) {
+  constexpr int64_t segment = 16 * unroll * lanes_of<Scalar>;
+  for (int64_t begin = 0; begin < elements; begin += segment) {
+    Vector<Scalar> first_sums[unroll] = {};
+    Vector<Scalar> second_sums[unroll] = {};
+    const int64_t rest = elements - begin;
+    for_columns<Scalar, unroll>(rest < segment ? rest : segment, [&](auto lanes, int64_t column, int k) {
+      body(lanes, begin + column, first_sums[k], second_sums[k]);
+    });
+    if constexpr (unroll == 4) {
+      first.add(index, (first_sums[0] + first_sums[1]) + (first_sums[2] + first_sums[3]));
+      second.add(index, (second_sums[0] + second_sums[1]) + (second_sums[2] + second_sums[3]));
+    } else {
+      first.add(index, first_sums[0]);
+      second.add(index, second_sums[0]);
+    }
+  }
+}
+
+// Calls body.operator()<unroll>() with as many accumulators as lines of that length can use.
+template <class Scalar, class Body>
+FASTREG_INLINE void with_unroll(const BatchNormGeometry& geometry, const Body& body) {
+  if (geometry.elements_per_unit < 8 * lanes_of<Scalar>) {
+    body.template operator()<1>();
+  } else {
+    body.template operator()<4>();
+  }
+}
+
+// a[0] * b[0] + a[1] * b[1] + ...
+template <int group, class V>
+FASTREG_INLINE V sum_of_products(const V* factors, const V* others) {
+  V sum = factors[0] * others[0];
+#pragma GCC unroll 4
+  for (int r = 1; r < group; ++r) {
+    sum = multiply_add(factors[r], others[r], sum);
+  }
+  return sum;
+}
+
+template <int group, class V>
+FASTREG_INLINE V sum_of(const V* values) {
+  if constexpr (group == 4) {
+    return (values[0] + values[1]) + (values[2] + values[3]);
+  } else {
+    return values[0];
+  }
+}
+
+}  // namespace fastreg::FASTREG_SIMD

@@ -1,0 +1,136 @@
+// y = activation(fma(x - mean, scale, bias) + residual), and the bits that stand for the activation's derivative.
+//
+// One sweep: reads input and residual once, writes the output once.
+
+#pragma once
+
+#include "batch_norm_common.simd.h"
+
+namespace fastreg::FASTREG_SIMD {
+
+// Activations by what their code needs: nothing, a comparison, or a formula.
+enum class ActivationKind { none, sign, smooth };
+
+// mean, scale and bias of a line, from which z is made: equal instructions in both directions, so that equal signs.
+template <bool rows, class Scalar>
+struct Affine {
+  ChannelValues<rows, Scalar> mean;
+  ChannelValues<rows, Scalar> scale;
+  ChannelValues<rows, Scalar> bias;
+
+  FASTREG_INLINE Affine(const BatchNorm& norm, const Line& line)
+      : mean(norm.mean, line.channel), scale(norm.scale, line.channel), bias(norm.bias, line.channel) {}
+
+  struct Values {
+    Vector<Scalar> mean;
+    Vector<Scalar> scale;
+    Vector<Scalar> bias;
+
+    FASTREG_INLINE Vector<Scalar> argument(Vector<Scalar> centred) const {
+      return fused_multiply_add(centred, scale, bias);
+    }
+  };
+
+  template <class Lanes>
+  FASTREG_INLINE Values at(Lanes lanes, int64_t column) const {
+    return {mean.at(lanes, column), scale.at(lanes, column), bias.at(lanes, column)};
+  }
+};
+
+// The activation, and what its code needs in registers.
+template <class V>
+struct Activating {
+  Activation activation;
+  bool is_relu;
+  V negative_slope;
+
+  FASTREG_INLINE explicit Activating(const BatchNorm& norm)
+      : activation(norm.activation),
+        is_relu(norm.activation == Activation::relu),
+        negative_slope(constant<V>(norm.negative_slope)) {}
+
+  // Where the derivative of relu or leaky_relu is 1.
+  FASTREG_INLINE LaneMask<V> is_one_at(V z) const { return is_relu ? is_positive_or_nan(z) : is_positive(z); }
+
+  template <ActivationKind kind>
+  FASTREG_INLINE V apply(V z) const {
+    if constexpr (kind == ActivationKind::none) {
+      return z;
+    } else if constexpr (kind == ActivationKind::sign) {
+      // Not z * 0 for relu: z may be infinite.
+      return select(is_one_at(z), z, is_relu ? V{} : z * negative_slope);
+    } else {
+      return activate_smooth(activation, z);
+    }
+  }
+};
+
+// How an output is written.
+struct Writer {
+  bool streams;
+
+  template <class Lanes, class Element>
+  FASTREG_INLINE void operator()(Lanes lanes, Element* target, Vector<Accumulator<Element>> value) const {
+    if (streams) {
+      lanes.stream(target, value);
+    } else {
+      lanes.store(target, value);
+    }
+  }
+};
+
+template <ActivationKind kind, bool rows, int group, class Element>
+FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line) {
+  using Scalar = Accumulator<Element>;
+  using V = Vector<Scalar>;
+  const auto input = lines_of<group, Element>(norm.input, line);
+  const auto residual = lines_of<group, Element>(norm.residual, line);
+  const auto output = lines_of<group, rows, Element>(norm.output, norm.geometry, line);
+  const auto signs = signs_of<group>(norm.output_signs, line);
+  const Affine<rows, Scalar> affine(norm, line);
+  const Activating<V> activating(norm);
+  const Writer write{norm.streams};
+  for_columns<Scalar, group == 1 && kind != ActivationKind::smooth ? 2 : 1>(
+      line.elements, [&](auto lanes, int64_t column, int) {
+        const auto at = affine.at(lanes, column);
+        // All loads before all stores: rows may lie a multiple of 4096 bytes apart.
+        V z[group];
+#pragma GCC unroll 4
+        for (int r = 0; r < group; ++r) {
+          z[r] = at.argument(lanes.load(input[r] + column) - at.mean);
+          if (residual) {
+            z[r] += lanes.load(residual[r] + column);
+          }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < group; ++r) {
+          if constexpr (kind == ActivationKind::sign) {
+            if (signs) {
+              store_bits<Scalar>(lanes, signs[r], column, bits_of<V>(activating.is_one_at(z[r])));
+            }
+          }
+          write(lanes, output[r] + column, activating.template apply<kind>(z[r]));
+        }
+      });
+}
+
+template <bool rows, class Element>
+void normalize(const BatchNorm& norm, const BatchNormTile& tile) {
+  const auto sweep = [&]<ActivationKind kind>() {
+    for_lines<rows, kind == ActivationKind::smooth ? 1 : rows_per_group>(
+        norm.geometry, tile,
+        [&]<int group>(const Line& line) { normalize_lines<kind, rows, group, Element>(norm, line); });
+  };
+  if (norm.activation == Activation::identity) {
+    sweep.template operator()<ActivationKind::none>();
+  } else if (needs_sign_only(norm.activation)) {
+    sweep.template operator()<ActivationKind::sign>();
+  } else {
+    sweep.template operator()<ActivationKind::smooth>();
+  }
+  if (norm.streams) {
+    finish_streams();
+  }
+}
+
+}  // namespace fastreg::FASTREG_SIMD

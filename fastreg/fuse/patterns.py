@@ -1,0 +1,287 @@
+"""Norm + activation, norm + add, norm + add + activation in a graph of ``torch.fx``: found, and put into one call."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+
+from fastreg.nn import _activation, _fused
+
+# Function or method -> (name of the activation, its options after the input, in order).
+_FUNCTIONS: dict[Any, tuple[str, tuple[str, ...]]] = {
+    torch.relu: ("relu", ()),
+    torch.relu_: ("relu", ()),
+    F.relu: ("relu", ("inplace",)),
+    F.leaky_relu: ("leaky_relu", ("negative_slope", "inplace")),
+    F.leaky_relu_: ("leaky_relu", ("negative_slope",)),
+    F.silu: ("silu", ("inplace",)),
+    F.gelu: ("gelu", ("approximate",)),
+    F.hardswish: ("hardswish", ("inplace",)),
+    "relu": ("relu", ()),
+    "relu_": ("relu", ()),
+}
+_ADDITIONS = (operator.add, torch.add, "add")
+# They write into their first operand.
+_ADDITIONS_IN_PLACE = (operator.iadd, "add_")
+
+# Modules of torch whose output is memory of its own, whatever their input.
+_FRESH = (torch.nn.modules.conv._ConvNd, torch.nn.modules.batchnorm._NormBase, torch.nn.Linear)
+
+
+NOTHING = "neither an addition nor an activation follows it"
+
+
+def unknown(what: str) -> str:
+    """Why a norm in front of this stays alone."""
+    return f"followed by {what}, which is neither an addition nor an activation that the norms fuse"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A norm (or a sequence that ends in one) and what follows it.
+
+    Attributes:
+        between: the node of a ``torch.nn.Identity`` behind the norm.
+        name, slope: of the activation.
+    """
+
+    norm: torch.fx.Node
+    between: torch.fx.Node | None
+    addition: torch.fx.Node | None
+    activation: torch.fx.Node | None
+    name: str | None
+    slope: float
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        parts = ("norm", "add" if self.addition else None, self.name)
+        return " + ".join(part for part in parts if part is not None)
+
+    @property
+    def residual(self) -> torch.fx.Node | None:
+        """The other operand of the addition, as the graph has it now."""
+        if self.addition is None:
+            return None
+        operand = self.between or self.norm
+        return next(each for each in self.addition.all_input_nodes if each is not operand)
+
+
+def find(
+    module: torch.nn.Module, graph: torch.fx.Graph, may_fuse: Callable[[torch.nn.Module], bool]
+) -> Iterator[tuple[torch.fx.Node, Chain | str]]:
+    """Every norm that the graph calls, with its chain or with the reason why it has none.
+
+    Norms later in the graph come first: where both operands of an addition are norms, the later one takes the other's
+    output as its residual, and nothing has to be moved. A chain may be rewritten before the next one is asked for.
+
+    Args:
+        may_fuse: whether the user lets a norm or an activation be fused.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_module":
+            continue
+        if _fused.ends_in_norm(module.get_submodule(node.target)):
+            yield node, _chain(module, graph, node, may_fuse)
+
+
+def rewrite(graph: torch.fx.Graph, chain: Chain) -> None:
+    """Put one call of ``then`` in the place of a chain."""
+    # Where the residual is read in the model too, so that it has the value that it has there.
+    with graph.inserting_before(chain.addition or chain.norm):
+
+        def reference(node: torch.fx.Node) -> torch.fx.Node:
+            return graph.create_node("get_attr", str(node.target))
+
+        options: dict[str, Any] = {}
+        if chain.residual is not None:
+            options["residual"] = chain.residual
+        if chain.activation is not None and chain.activation.op == "call_module":
+            options["activation"] = reference(chain.activation)
+        elif chain.activation is not None:
+            options |= {"activation": chain.name, "negative_slope": chain.slope}
+        if chain.between is not None:
+            options["between"] = reference(chain.between)
+        if chain.addition is not None and chain.addition.target in _ADDITIONS_IN_PLACE:
+            options["in_place"] = True
+        call = graph.call_function(_fused.then, (reference(chain.norm), chain.norm.args[0]), options)
+    nodes = [
+        each for each in (chain.norm, chain.between, chain.addition, chain.activation) if each is not None
+    ]
+    nodes[-1].replace_all_uses_with(call)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+
+
+def _chain(
+    module: torch.nn.Module,
+    graph: torch.fx.Graph,
+    norm: torch.fx.Node,
+    may_fuse: Callable[[torch.nn.Module], bool],
+) -> Chain | str:
+    path = list(path_to_norm(module.get_submodule(str(norm.target))))
+    if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], torch.fx.Node):
+        return "it is called with more than its input"
+    if not may_fuse(path[-1]):
+        return "not selected"
+    if any(map(_fused.observed, path)):
+        return "it has hooks, which would not see its output"
+    between: torch.fx.Node | None = None
+    user = _only_user(norm)
+    if user is not None and _is_identity(module, user):
+        between, user = user, _only_user(user)
+    last = between or norm
+    if user is not None and user.target is _fused.then and user.kwargs.get("residual") is last:
+        return "the addition behind it is fused with the norm that makes its other operand"
+    addition = None
+    if user is not None and _is_addition(user, last):
+        addition, last, user = user, user, _only_user(user)
+    name, slope, activation = None, _activation.DEFAULT_SLOPE, None
+    found = _activation_at(module, user, last)
+    if found is not None and user is not None:
+        child = module.get_submodule(str(user.target)) if user.op == "call_module" else None
+        if child is None or (may_fuse(child) and not _fused.observed(child)):
+            activation, (name, slope) = user, found
+        elif addition is None:
+            hooks = _fused.observed(child)
+            return "the activation behind it " + ("has hooks" if hooks else "is not selected")
+    if addition is None and activation is None:
+        return _nothing_follows(module, norm, between or norm)
+    if addition is not None and _may_change(module, graph, norm, addition):
+        return "what it reads may change before the addition"
+    return Chain(norm, between, addition, activation, name, slope)
+
+
+def path_to_norm(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The norm, after the sequences that end in it."""
+    yield layer
+    while _fused.is_sequence(layer):
+        layer = list(layer.children())[-1]
+        yield layer
+
+
+def norm_in(layer: torch.nn.Module) -> torch.nn.Module:
+    """The norm that a sequence ends in, or the norm itself."""
+    return list(path_to_norm(layer))[-1]
+
+
+def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_identity(module: torch.nn.Module, node: torch.fx.Node) -> bool:
+    if node.op != "call_module" or len(node.args) != 1:
+        return False
+    child = module.get_submodule(str(node.target))
+    return type(child) is torch.nn.Identity and not _fused.observed(child)
+
+
+def _is_addition(node: torch.fx.Node, operand: torch.fx.Node) -> bool:
+    """Whether a node is the sum of the operand and another value, and writes into nothing but the operand."""
+    if node.op not in ("call_function", "call_method") or node.kwargs or len(node.args) != 2:
+        return False
+    left, right = node.args
+    if not (isinstance(left, torch.fx.Node) and isinstance(right, torch.fx.Node)) or left is right:
+        return False
+    return node.target in _ADDITIONS or (node.target in _ADDITIONS_IN_PLACE and left is operand)
+
+
+def _activation_at(
+    module: torch.nn.Module, node: torch.fx.Node | None, argument: torch.fx.Node
+) -> tuple[str, float] | None:
+    """Name and slope of the activation that a node applies to the argument; None if it is none that we know."""
+    if node is None or not node.args or node.args[0] is not argument:
+        return None
+    if node.op == "call_module":
+        child = module.get_submodule(str(node.target))
+        plain = len(node.args) == 1 and not node.kwargs and _fused.is_activation(child)
+        return _activation.activation_of(child) if plain else None
+    if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONS:
+        return None
+    name, order = _FUNCTIONS[node.target]
+    options: dict[str, Any] = {**dict(zip(order, node.args[1:], strict=False)), **node.kwargs}
+    if any(isinstance(value, torch.fx.Node) for value in options.values()):
+        return None
+    if options.get("approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    elif options.get("approximate", "none") != "none":
+        return None
+    return name, float(options.get("negative_slope", _activation.DEFAULT_SLOPE))
+
+
+def _may_change(
+    module: torch.nn.Module, graph: torch.fx.Graph, norm: torch.fx.Node, addition: torch.fx.Node
+) -> bool:
+    """Whether anything between a norm and the addition could write into the norm's input, or runs the same norm.
+
+    The norm is to run where the addition is. What it reads must then still be what it was.
+    """
+    same = norm_in(module.get_submodule(str(norm.target)))
+    source = norm.args[0]
+    shared = _sources(module, source) if isinstance(source, torch.fx.Node) else set()
+    passed = False
+    for node in graph.nodes:
+        if node is addition:
+            return False
+        if node is norm:
+            passed = True
+            continue
+        if passed and node.op == "call_module" and same in module.get_submodule(str(node.target)).modules():
+            return True
+        if any(each in shared for each in node.all_input_nodes) and not _is_fresh(module, node):
+            if passed and _may_write(module, node):
+                return True
+            shared.add(node)
+    return False
+
+
+def _is_fresh(module: torch.nn.Module, node: torch.fx.Node) -> bool:
+    """Whether a node only reads its inputs, and its value is memory of its own."""
+    return node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), _FRESH)
+
+
+def _sources(module: torch.nn.Module, node: torch.fx.Node) -> set[torch.fx.Node]:
+    """The nodes before this one whose memory its value may lie in."""
+    found: set[torch.fx.Node] = set()
+    pending = [node]
+    while pending:
+        each = pending.pop()
+        if each not in found:
+            found.add(each)
+            pending += [] if _is_fresh(module, each) else each.all_input_nodes
+    return found
+
+
+def _may_write(module: torch.nn.Module, node: torch.fx.Node) -> bool:
+    """Whether a node may write into what it is given."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))) is not torch.nn.Identity
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    home = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+    if node.op == "call_function" and home not in ("torch", "_operator"):
+        return True
+    if name.endswith("_") or (home == "_operator" and name.startswith("i")) or "out" in node.kwargs:
+        return True
+    # relu(x, True)
+    functional = getattr(node.target, "__module__", None) in ("torch.nn.functional", "torch._C._nn")
+    return node.kwargs.get("inplace", False) is not False or (functional and True in node.args)
+
+
+def _nothing_follows(module: torch.nn.Module, norm: torch.fx.Node, last: torch.fx.Node) -> str:
+    if len(norm.users) > 1 or len(last.users) > 1:
+        return "its output is used more than once"
+    user = _only_user(last)
+    if user is None or user.op == "output":
+        return NOTHING
+    target: Any = user.target
+    if user.op == "call_module":
+        what = type(module.get_submodule(str(target))).__name__
+    else:
+        what = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    return unknown(what)
