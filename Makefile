@@ -11,9 +11,9 @@
 #   make clean     remove what was built (.venv stays)
 #
 # Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS.
-# `make gpu` also takes STAGE (tests, sanitize or bench; all if not given), OUT (where results go), LIMIT (seconds a stage),
-# DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all), PROCESSES (at a time), SANITIZER (its path),
-# BUILD=no, COMMIT (where there is no git), WORK (instead of build/gpu).
+# `make gpu` also takes STAGE (tests, sanitize, bench or bench_batch_norm; all if not given), OUT (where results go),
+# LIMIT (seconds a stage), DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all), PROCESSES (at a
+# time), SANITIZER (its path), BUILD=no, COMMIT (where there is no git), WORK (instead of build/gpu).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -102,7 +102,7 @@ WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(BIN)/python -
 test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
 	$(WITH_OLDEST_TRITON) tests --backend triton --junit-xml build/tests/$@.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest build/tests/$@.xml
-	$(WITH_OLDEST_TRITON) tests/test_triton_compile.py tests/test_triton_launch.py --junit-xml build/tests/$@-compiled.xml
+	$(WITH_OLDEST_TRITON) tests/test_triton*_compile.py tests/test_triton*_launch.py --junit-xml build/tests/$@-compiled.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest-compiled build/tests/$@-compiled.xml
 
 # The machine's own Python, torch, nvcc, cmake and ninja; no virtual environment, no network. bench/gpu says what it does.

@@ -91,7 +91,11 @@ def test_every_kernel_is_launched_and_right(name: str, element: torch.dtype) -> 
         for key, result in {**results, **spec.split_saved(saved)}.items():
             check(f"{key} of {rows} x {columns} on {simulated}", result, exact[key])
     of_this_case = re.compile(rf"<({ELEMENTS[element]}, )?{'true' if name == 'layer_norm' else 'false'}[,>]")
-    expected = {kernel for kernel in backend.kernels() if of_this_case.search(kernel)}
+    expected = {
+        kernel
+        for kernel in backend.kernels()
+        if of_this_case.search(kernel) and not kernel.startswith("batch_norm")
+    }
     assert expected - set(backend.launched()) == set()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench.static_evidence.occupancy import WARP, residency
 from triton_batch_norm_offline import LAYERS, Layer
-from triton_offline import ARCHITECTURES, Compilations, compilations
+from triton_offline import ARCHITECTURES, Compilations, compilations, expect_known_spills
 
 pytestmark = pytest.mark.backend_independent
 
@@ -30,7 +30,10 @@ def compiled(request: pytest.FixtureRequest) -> Compilations:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-def test_machine_code(layer: Layer, architecture: int, compiled: Compilations) -> None:
+def test_machine_code(
+    layer: Layer, architecture: int, compiled: Compilations, request: pytest.FixtureRequest
+) -> None:
+    expect_known_spills(request, str(layer), architecture)
     results = compiled[layer, architecture].result()
     assert results
     for result in results:

@@ -7,7 +7,6 @@ warps on a multiprocessor. A new release of Triton that does worse fails here.
 from __future__ import annotations
 
 import pytest
-import triton
 
 from bench.static_evidence import machine_code
 from bench.static_evidence.occupancy import WARP, residency
@@ -23,6 +22,7 @@ from triton_offline import (
     compile_launch,
     compiled_kernel,
     cubin,
+    expect_known_spills,
 )
 
 pytestmark = pytest.mark.backend_independent
@@ -30,11 +30,6 @@ pytestmark = pytest.mark.backend_independent
 # Of 100 KB at least; what a program takes is taken from the cache that the parameters are to stay in.
 SHARED_MEMORY = 24 * 1024
 WARPS = 8  # of a multiprocessor, at least
-# What a release of Triton is known to do worse: the beginning of its version, the case, and how it fails.
-KNOWN = (
-    ("3.6.", "layer-7168-float32-float32", 120, "Triton 3.6 spills 16 bytes for sm_120"),
-    ("3.6.", "layer-257-bfloat16-float32-d_iwb", 100, "Triton 3.6 spills 8 bytes for sm_100"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +48,7 @@ def compiled(request: pytest.FixtureRequest) -> Compilations:
 def test_machine_code(
     shape: Shape, architecture: int, compiled: Compilations, request: pytest.FixtureRequest
 ) -> None:
-    for release, name, known, reason in KNOWN:
-        if triton.__version__.startswith(release) and (str(shape), architecture) == (name, known):
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    expect_known_spills(request, str(shape), architecture)
     results = compiled[shape, architecture].result()
     assert results
     for result in results:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
+import pytest
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from triton.runtime.jit import JITFunction
@@ -289,3 +291,21 @@ def compilations(wanted: Iterable[tuple[Compilable, int]]) -> Compilations:
         # Its processes end with the last of these.
         pool.shutdown(wait=False)
     return {key: _asked[key] for key in keys}
+
+
+# What a release of Triton is known to do worse: the beginning of its version, the case, and how it fails.
+_KNOWN_SPILLS = (
+    ("3.6.", "layer-7168-float32-float32", 120, "Triton 3.6 spills 16 bytes for sm_120"),
+    ("3.6.", "layer-257-bfloat16-float32-d_iwb", 100, "Triton 3.6 spills 8 bytes for sm_100"),
+    (
+        *("3.6.", "batch-32x256x14x14-rows-bfloat16-float32-relu-unaligned", 100),
+        "Triton 3.6 spills 8 bytes for sm_100",
+    ),
+)
+
+
+def expect_known_spills(request: pytest.FixtureRequest, case: str, architecture: int) -> None:
+    """Let the test of a case that is known to spill with this release fail, and only fail."""
+    for release, name, known, reason in _KNOWN_SPILLS:
+        if triton.__version__.startswith(release) and (case, architecture) == (name, known):
+            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
