@@ -55,6 +55,20 @@ def test_compiled_as_one_graph(training: bool, memory_format: Any, dtype: torch.
     assert torch.equal(results[0][1], tensors(device, dtype)["running_mean"]) != training
 
 
+def test_compiled_with_the_input_as_its_own_residual(device: str) -> None:
+    """One tensor in two places, of which dynamo makes a difference."""
+
+    def call(input: torch.Tensor) -> torch.Tensor:
+        return batch_norm(input, None, None, training=True, residual=input, activation="relu")
+
+    gradients = []
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        input = tensors(device)["input"].detach().requires_grad_()
+        gradients += torch.autograd.grad(function(input).square().sum(), [input])
+    assert gradients[0].abs().sum() > 0
+    assert same_bits(*gradients)
+
+
 def test_exported_in_evaluation(device: str) -> None:
     given = tensors(device)
 
