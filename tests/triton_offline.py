@@ -298,7 +298,9 @@ _KNOWN_SPILLS = (
     ("3.6.", "layer-7168-float32-float32", 120, "Triton 3.6 spills 16 bytes for sm_120"),
     ("3.6.", "layer-257-bfloat16-float32-d_iwb", 100, "Triton 3.6 spills 8 bytes for sm_100"),
     (
-        *("3.6.", "batch-32x256x14x14-rows-bfloat16-float32-relu-unaligned", 100),
+        "3.6.",
+        "batch-32x256x14x14-rows-bfloat16-float32-relu-unaligned",
+        100,
         "Triton 3.6 spills 8 bytes for sm_100",
     ),
 )
