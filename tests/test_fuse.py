@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import random
@@ -794,6 +795,44 @@ def test_modes_and_profiles_are_left_as_they_were() -> None:
     fastreg.convert(model, fuse=True)
     assert [module.training for module in model.modules()] == modes
     assert sys.getprofile() is None
+
+
+class Finalized:
+    """An object whose finalizer does what no graph shows."""
+
+    ended = 0
+
+    def __del__(self) -> None:
+        try:
+            type(self).ended += 1
+        finally:
+            pass
+
+
+def test_what_the_garbage_collector_runs_meanwhile_is_not_taken_for_the_forward() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.activation = nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(2000):
+                cycle: list[object] = [Finalized()]
+                cycle.append(cycle)
+            return self.activation(self.norm(x))
+
+    before, collects = Finalized.ended, gc.isenabled()
+    gc.enable()
+    try:
+        report = fastreg.convert(Wasteful(), fuse=True)
+        assert gc.isenabled()
+        gc.collect()
+    finally:
+        if not collects:
+            gc.disable()
+    # Once in each mode.
+    assert Finalized.ended - before == 4000
+    assert {item.name: item.what for item in report.fused} == {"norm": "norm + relu"}
 
 
 # --- synchronised -----------------------------------------------------------------------------------------

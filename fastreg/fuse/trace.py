@@ -8,6 +8,7 @@ would be another function. So the code that runs is watched, and a forward that 
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import operator
 import random
@@ -214,7 +215,10 @@ class _OnlyStandIns(TorchFunctionMode):
 
 
 class _Watch:
-    """Notes what the model's code does and calls; what torch calls in turn is torch's affair."""
+    """Notes what the model's code does and calls; what torch calls in turn is torch's affair.
+
+    Nothing is collected meanwhile: a finalizer that the collector calls would be taken for the model's code.
+    """
 
     def __init__(self) -> None:
         # In the order of the first calls.
@@ -224,12 +228,15 @@ class _Watch:
         self._inside = 0
 
     def __enter__(self) -> _Watch:
-        self._before = sys.getprofile()
+        self._before, self._collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
         sys.setprofile(self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(self._before)
+        if self._collects:
+            gc.enable()
 
     def _note(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
