@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +10,13 @@ import torch
 from cases import Case
 from channel_norms import BATCH_NORM
 from fastreg import _library
+from instruction_sets import LEVELS, has, kernels_of
 from specs import ROW_NORMS, SPECS
 from suite import OpSpec, cases, check_case, make_tensors, plain_case
 
 pytestmark = pytest.mark.only(backend="native")
 
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-LEVELS = ("baseline", "avx2", "avx512")
 
 
 def native(name: str) -> Any:
@@ -163,23 +162,7 @@ def test_a_broken_contract_is_refused_at_the_door(spec: OpSpec, name: str, devic
 # --- instruction sets ---
 
 
-@pytest.fixture
-def _the_same_level_afterwards() -> Iterator[None]:
-    before = torch.ops.fastreg_native.simd()
-    yield
-    torch.ops.fastreg_native.set_simd(before)
-
-
-def has(level: str) -> bool:
-    """What the processor is able to do, from torch rather than from the code under test."""
-    from torch.backends import cpu
-
-    order = ("DEFAULT", "AVX2", "AVX512")
-    return order.index(cpu.get_cpu_capability()) >= LEVELS.index(level)
-
-
 @pytest.mark.only(backend="native", device="cpu")
-@pytest.mark.usefixtures("_the_same_level_afterwards")
 @each_spec
 @pytest.mark.parametrize("level", LEVELS)
 def test_every_instruction_set_keeps_the_contract(spec: OpSpec, level: str) -> None:
@@ -190,14 +173,12 @@ def test_every_instruction_set_keeps_the_contract(spec: OpSpec, level: str) -> N
             torch.ops.fastreg_native.set_simd(level)
         assert torch.ops.fastreg_native.simd() == before
         return
-    torch.ops.fastreg_native.set_simd(level)
-    assert torch.ops.fastreg_native.simd() == level
-    for case in cases(spec, sparse=True):
-        check_case(spec, case)
+    with kernels_of(level):
+        for case in cases(spec, sparse=True):
+            check_case(spec, case)
 
 
 @pytest.mark.only(backend="native", device="cpu")
-@pytest.mark.usefixtures("_the_same_level_afterwards")
 def test_the_widest_instruction_set_is_chosen_and_unknown_ones_are_refused() -> None:
     assert torch.ops.fastreg_native.simd() == [level for level in LEVELS if has(level)][-1]
     with pytest.raises(RuntimeError, match="expected baseline, avx2 or avx512, but got sse"):

@@ -26,7 +26,7 @@ Output new_forward_output(BatchNormProblem& problem, bool keep_signs, const char
   Output output{new_dense(problem.input, op), new_bytes(signs ? bytes : 0, problem.input.device, op)};
   norm.output = data_of(output.tensor, op);
   norm.output_signs = signs ? static_cast<unsigned char*>(data_of(output.signs, op)) : nullptr;
-  norm.streams = lines_stream(norm.output, problem.input);
+  norm.streams = may_stream(norm.output, problem.input);
   return output;
 }
 

@@ -65,7 +65,7 @@ struct BatchNorm {
   void* grad_residual;
   Activation activation;
   double negative_slope;
-  bool streams;  // the outputs are too large for the caches, and each of their lines is aligned to a cache line
+  bool streams;  // the outputs are too large for the caches, and aligned to a cache line
 };
 
 struct BatchNormTile {

@@ -24,7 +24,9 @@ struct BackwardProblem : BatchNormProblem {
                   const std::optional<Tensor>& signs, const Tensor& statistics,
                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t activation,
                   double negative_slope, const char* op)
-      : BatchNormProblem(input_tensor, residual, weight, bias, activation, negative_slope, op), offset(input), slope(input) {
+      : BatchNormProblem(input_tensor, residual, weight, bias, activation, negative_slope, op),
+        offset(input),
+        slope(input) {
     norm.grad_output = optional_input(grad_output, input, op, "grad_output");
     norm.signs = signs_view(signs, input, op);
     if (norm.signs != nullptr && !needs_sign_only(norm.activation)) {
@@ -39,8 +41,8 @@ struct BackwardProblem : BatchNormProblem {
                         wants_residual ? new_dense(input, op) : empty_gradient(input.dtype, input.device, op)};
     norm.grad_input = wants_input ? data_of(gradients.input, op) : nullptr;
     norm.grad_residual = wants_residual ? data_of(gradients.residual, op) : nullptr;
-    norm.streams = (!wants_input || lines_stream(norm.grad_input, input)) &&
-                   (!wants_residual || lines_stream(norm.grad_residual, input));
+    norm.streams = (!wants_input || may_stream(norm.grad_input, input)) &&
+                   (!wants_residual || may_stream(norm.grad_residual, input));
     return gradients;
   }
 

@@ -47,6 +47,16 @@ struct Gradients {
         affine(norm, line),
         activating(norm) {}
 
+  FASTREG_INLINE void prefetch(const Ahead& ahead, const BatchNorm& norm, const Line& line, bool reads_input) const {
+    ahead.prefetch(grad_output, norm.grad_output, line);
+    if (reads_input || recomputes(kind)) {
+      ahead.prefetch(input, norm.input, line);
+    }
+    if constexpr (recomputes(kind)) {
+      ahead.prefetch(residual, norm.residual, line);
+    }
+  }
+
   template <class Lanes>
   FASTREG_INLINE V dz(Lanes lanes, int64_t column, int r, const typename Affine<rows, Scalar>::Values& at,
                       V centred) const {
@@ -77,7 +87,7 @@ constexpr int group_for = kind == GradientKind::smooth ? 1 : rows_per_group;
 // --- sums --------------------------------------------------------------------------------------------------
 
 template <GradientKind kind, bool rows, class Element>
-FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
+FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block, const Ahead& ahead,
                               BlockSums<rows, Accumulator<Element>>& plain,
                               BlockSums<rows, Accumulator<Element>>& projected) {
   using Scalar = Accumulator<Element>;
@@ -85,6 +95,7 @@ FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
   if constexpr (rows) {
     for_lines<true, group_for<kind>>(norm.geometry, block, [&]<int group>(const Line& line) {
       const Gradients<kind, true, group, Element> gradients(norm, line);
+      gradients.prefetch(ahead, norm, line, true);
       for_columns<Scalar, 1>(line.elements, [&](auto lanes, int64_t column, int) {
         const auto at = gradients.affine.at(lanes, column);
         V centred[group];
@@ -102,6 +113,7 @@ FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
     with_unroll<Scalar>(norm.geometry, [&]<int unroll>() {
       for_lines<false, 1>(norm.geometry, block, [&]<int group>(const Line& line) {
         const Gradients<kind, false, group, Element> gradients(norm, line);
+        gradients.prefetch(ahead, norm, line, true);
         const auto at = gradients.affine.at(AllLanes{}, 0);
         sum_plane<kind == GradientKind::smooth ? 1 : unroll>(
             line.elements, line.channel - block.begin_channel, plain, projected,
@@ -128,10 +140,11 @@ FASTREG_INLINE void sum_tile(const BatchNorm& norm, const BatchNormTile& tile, c
   __builtin_memset(projected_totals, 0, static_cast<size_t>(channels) * sizeof(double));
   BlockSums<rows, Scalar> plain;
   BlockSums<rows, Scalar> projected;
+  const Ahead ahead = Ahead::of<Element>(norm.geometry, tile);
   for_blocks(norm.geometry, tile, [&](const BatchNormTile& block) {
     plain.clear(channels);
     projected.clear(channels);
-    add_block<kind, rows, Element>(norm, block, plain, projected);
+    add_block<kind, rows, Element>(norm, block, ahead, plain, projected);
     for (int64_t channel = 0; channel < channels; ++channel) {
       plain_totals[channel] += plain.total(channel);
       projected_totals[channel] += projected.total(channel) * double(rstd[channel]);
@@ -197,7 +210,7 @@ void finish_sums(const BatchNormGeometry& geometry, const BatchNormPartials& par
 // --- gradients of input and residual -----------------------------------------------------------------------
 
 template <GradientKind kind, bool centred, bool rows, int group, class Element>
-FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line) {
+FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line, const Ahead& ahead) {
   using Scalar = Accumulator<Element>;
   using V = Vector<Scalar>;
   const Gradients<kind, rows, group, Element> gradients(norm, line);
@@ -205,8 +218,10 @@ FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line) {
   const ChannelValues<rows, Scalar> offsets(norm.offset, line.channel);
   const auto grad_input = lines_of<group, rows, Element>(norm.grad_input, norm.geometry, line);
   const auto grad_residual = lines_of<group, rows, Element>(norm.grad_residual, norm.geometry, line);
-  const Writer write{norm.streams};
-  for_columns<Scalar, group == 1 && kind != GradientKind::smooth ? 2 : 1>(
+  const Writer write{lines_stream<rows, Element>(norm)};
+  constexpr int unroll = kind == GradientKind::smooth ? 1 : group == 1 ? 2 : vectors_per_step<Element>;
+  gradients.prefetch(ahead, norm, line, centred);
+  map_columns<Scalar, unroll>(
       line.elements, [&](auto lanes, int64_t column, int) {
         const auto at = gradients.affine.at(lanes, column);
         const V slope = slopes.at(lanes, column);
@@ -234,13 +249,57 @@ FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line) {
       });
 }
 
+// Two rows, as there are up to two outputs: with four of each, too many cache lines are half written at a time.
+template <GradientKind kind>
+constexpr int rows_of_gradient = kind == GradientKind::smooth ? 1 : 2;
+
+template <GradientKind kind, bool centred, bool rows, class Element>
+FASTREG_INLINE void gradient_tile(const BatchNorm& norm, const BatchNormTile& tile) {
+  // The first sweep has left the planes of a tile in the caches, but not the rows.
+  const Ahead ahead = rows ? Ahead::of<Element>(norm.geometry, tile) : Ahead::nothing();
+  for_lines<rows, rows_of_gradient<kind>>(norm.geometry, tile, [&]<int group>(const Line& line) {
+    gradient_lines<kind, centred, rows, group, Element>(norm, line, ahead);
+  });
+}
+
+template <GradientKind kind, bool centred, class Element>
+void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
+  using Scalar = Accumulator<Element>;
+  constexpr int most_rows = rows_of_gradient<kind>;
+  const int64_t spatial = norm.geometry.spatial;
+  Repeated<Scalar> scale;
+  Repeated<Scalar> mean;
+  Repeated<Scalar> bias;
+  Repeated<Scalar> slope;
+  Repeated<Scalar> offset;
+  RunSigns<most_rows> signs;
+  BatchNorm run = run_problem(norm);
+  run.scale = scale(norm.scale, tile, spatial);
+  run.mean = mean(centred || recomputes(kind) ? norm.mean : nullptr, tile, spatial);
+  run.bias = bias(recomputes(kind) ? norm.bias : nullptr, tile, spatial);
+  run.slope = slope(norm.slope, tile, spatial);
+  run.offset = offset(norm.offset, tile, spatial);
+  run.signs = norm.signs == nullptr ? nullptr : signs.data();
+  run.streams = lines_stream(norm, run.geometry.channels * static_cast<int64_t>(sizeof(Element)),
+                             tile.begin_channel * spatial * static_cast<int64_t>(sizeof(Element)));
+  for_runs<most_rows>(norm.geometry, tile, signs.stride, [&]<int group>(const Line& line) {
+    if constexpr (kind == GradientKind::bits) {
+      signs.from_planes(norm.geometry, tile, line.outer, group, norm.signs);
+    }
+    gradient_lines<kind, centred, true, group, Element>(run, line, Ahead::nothing());
+  });
+}
+
 template <bool rows, class Element>
 void gradient(const BatchNorm& norm, const BatchNormTile& tile) {
   with_gradient_kind(norm, [&]<GradientKind kind>() {
     const auto sweep = [&]<bool centred>() {
-      for_lines<rows, group_for<kind>>(norm.geometry, tile, [&]<int group>(const Line& line) {
-        gradient_lines<kind, centred, rows, group, Element>(norm, line);
-      });
+      if constexpr (!rows && kind != GradientKind::smooth) {
+        if (is_run(norm.geometry, tile)) {
+          return gradient_runs<kind, centred, Element>(norm, tile);
+        }
+      }
+      gradient_tile<kind, centred, rows, Element>(norm, tile);
     };
     if (norm.slope != nullptr) {
       sweep.template operator()<true>();

@@ -54,6 +54,10 @@ struct ChannelValues<true, Scalar> {
 // Rows that are worked on together: what is known of their channels is loaded once for all of them.
 constexpr int rows_per_group = 4;
 
+// Vectors of a row that are worked on one after the other: as many as make a cache line, which is thus written at once.
+template <class Element>
+constexpr int vectors_per_step = sizeof(Element) == 2 ? 2 : 1;
+
 struct Line {
   int64_t outer;    // sample, or row
   int64_t inner;    // elements from there
@@ -87,6 +91,19 @@ FASTREG_INLINE LinesOf<group, const Element> lines_of(const BatchNormInput& tens
 template <int group, bool rows, class Element>
 FASTREG_INLINE LinesOf<group, Element> lines_of(void* data, const BatchNormGeometry& geometry, const Line& line) {
   return {static_cast<Element*>(data), rows ? geometry.channels : geometry.channels * geometry.spatial, line};
+}
+
+// Whether the lines of a dense output that begin `stride` bytes apart, the first of them `begin` bytes from its
+// beginning, are written past the caches.
+FASTREG_INLINE bool lines_stream(const BatchNorm& norm, int64_t stride, int64_t begin = 0) {
+  constexpr int64_t cache_line = 64;
+  return norm.streams && stride % cache_line == 0 && begin % cache_line == 0;
+}
+
+template <bool rows, class Element>
+FASTREG_INLINE bool lines_stream(const BatchNorm& norm) {
+  const int64_t elements = rows ? norm.geometry.channels : norm.geometry.spatial;
+  return lines_stream(norm, elements * static_cast<int64_t>(sizeof(Element)));
 }
 
 template <int group, class Byte>
@@ -129,6 +146,47 @@ FASTREG_INLINE void for_lines(const BatchNormGeometry& geometry, const BatchNorm
     }
   }
 }
+
+// --- memory ------------------------------------------------------------------------------------------------
+
+// The hardware looks ahead along a few streams only, and no further than a page: the lines of a tile some units ahead
+// are asked for while these are worked on.
+class Ahead {
+ public:
+  template <class Element>
+  static FASTREG_INLINE Ahead of(const BatchNormGeometry& geometry, const BatchNormTile& tile) {
+    const int64_t elements = (tile.end_channel - tile.begin_channel) * (geometry.rows ? 1 : geometry.spatial);
+    const int64_t run = elements * static_cast<int64_t>(sizeof(Element));
+    return geometry.units_per_plane == 1 && run >= least_run ? Ahead(1 + distance / run, tile.end_unit) : nothing();
+  }
+
+  // Where the lines are in the caches already.
+  static FASTREG_INLINE Ahead nothing() { return Ahead(0, 0); }
+
+  template <int group, class Element>
+  FASTREG_INLINE void prefetch(const LinesOf<group, const Element>& lines, const BatchNormInput& tensor,
+                               const Line& line) const {
+    constexpr int64_t elements_per_cache_line = 64 / static_cast<int64_t>(sizeof(Element));
+    if (!lines || line.outer + units_ + group > end_unit_) {
+      return;
+    }
+    for (int r = 0; r < group; ++r) {
+      const Element* ahead = lines[r] + units_ * tensor.outer_stride;
+      for (int64_t element = 0; element < line.elements; element += elements_per_cache_line) {
+        __builtin_prefetch(ahead + element, 0, 2);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t distance = 8192;  // bytes
+  static constexpr int64_t least_run = 512;  // shorter rows are one stream to the hardware
+
+  FASTREG_INLINE Ahead(int64_t units, int64_t end_unit) : units_(units), end_unit_(end_unit) {}
+
+  int64_t units_;
+  int64_t end_unit_;
+};
 
 // --- blocks ------------------------------------------------------------------------------------------------
 

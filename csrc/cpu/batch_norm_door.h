@@ -81,8 +81,8 @@ inline BatchNormInput optional_input(const std::optional<Tensor>& tensor, const 
   return {view.data, view.outer_stride};
 }
 
-inline bool lines_stream(const void* output, const ChannelView& input) {
-  return streams(output, input.lines(), input.line_elements() * element_size(input.dtype));
+inline bool may_stream(const void* output, const ChannelView& input) {
+  return may_stream(output, input.elements() * element_size(input.dtype));
 }
 
 template <class Scalar>
@@ -96,8 +96,9 @@ void multiply(const void* rstd, const void* weight, void* scale, int64_t channel
 
 // What all sweeps know, but for statistics, outputs and gradients.
 struct [[gnu::visibility("hidden")]] BatchNormProblem {
-  BatchNormProblem(const Tensor& input_tensor, const std::optional<Tensor>& residual, const std::optional<Tensor>& weight,
-          const std::optional<Tensor>& bias, int64_t activation, double negative_slope, const char* op)
+  BatchNormProblem(const Tensor& input_tensor, const std::optional<Tensor>& residual,
+                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, int64_t activation,
+                   double negative_slope, const char* op)
       : input(channel_view(input_tensor, op, "input")),
         geometry(batch_norm_geometry(input)),
         weights(channel_vector(weight, input, op, "weight")),

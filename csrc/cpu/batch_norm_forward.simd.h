@@ -5,6 +5,7 @@
 #pragma once
 
 #include "batch_norm_common.simd.h"
+#include "batch_norm_runs.simd.h"
 
 namespace fastreg::FASTREG_SIMD {
 
@@ -80,7 +81,8 @@ struct Writer {
 };
 
 template <ActivationKind kind, bool rows, int group, class Element>
-FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line) {
+FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line, const Ahead& input_ahead,
+                                    const Ahead& ahead) {
   using Scalar = Accumulator<Element>;
   using V = Vector<Scalar>;
   const auto input = lines_of<group, Element>(norm.input, line);
@@ -89,8 +91,11 @@ FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line) {
   const auto signs = signs_of<group>(norm.output_signs, line);
   const Affine<rows, Scalar> affine(norm, line);
   const Activating<V> activating(norm);
-  const Writer write{norm.streams};
-  for_columns<Scalar, group == 1 && kind != ActivationKind::smooth ? 2 : 1>(
+  const Writer write{lines_stream<rows, Element>(norm)};
+  constexpr int unroll = kind == ActivationKind::smooth ? 1 : group == 1 ? 2 : vectors_per_step<Element>;
+  input_ahead.prefetch(input, norm.input, line);
+  ahead.prefetch(residual, norm.residual, line);
+  map_columns<Scalar, unroll>(
       line.elements, [&](auto lanes, int64_t column, int) {
         const auto at = affine.at(lanes, column);
         // All loads before all stores: rows may lie a multiple of 4096 bytes apart.
@@ -114,12 +119,50 @@ FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line) {
       });
 }
 
+template <bool rows, class Element, ActivationKind kind>
+FASTREG_INLINE void normalize_tile(const BatchNorm& norm, const BatchNormTile& tile) {
+  const Ahead ahead = Ahead::of<Element>(norm.geometry, tile);
+  // The first sweep has left the planes of a tile in the caches, but not the rows.
+  const Ahead input_ahead = rows ? ahead : Ahead::nothing();
+  for_lines<rows, kind == ActivationKind::smooth ? 1 : rows_per_group>(
+      norm.geometry, tile, [&]<int group>(const Line& line) {
+        normalize_lines<kind, rows, group, Element>(norm, line, input_ahead, ahead);
+      });
+}
+
+template <class Element, ActivationKind kind>
+void normalize_runs(const BatchNorm& norm, const BatchNormTile& tile) {
+  using Scalar = Accumulator<Element>;
+  const int64_t spatial = norm.geometry.spatial;
+  const Ahead ahead = Ahead::of<Element>(norm.geometry, tile);
+  Repeated<Scalar> mean;
+  Repeated<Scalar> scale;
+  Repeated<Scalar> bias;
+  RunSigns<rows_per_group> signs;
+  BatchNorm run = run_problem(norm);
+  run.mean = mean(norm.mean, tile, spatial);
+  run.scale = scale(norm.scale, tile, spatial);
+  run.bias = bias(norm.bias, tile, spatial);
+  run.output_signs = norm.output_signs == nullptr ? nullptr : signs.data();
+  run.streams = lines_stream(norm, run.geometry.channels * static_cast<int64_t>(sizeof(Element)),
+                             tile.begin_channel * spatial * static_cast<int64_t>(sizeof(Element)));
+  for_runs<rows_per_group>(norm.geometry, tile, signs.stride, [&]<int group>(const Line& line) {
+    normalize_lines<kind, true, group, Element>(run, line, Ahead::nothing(), ahead);
+    if (norm.output_signs != nullptr) {
+      signs.to_planes(norm.geometry, tile, line.outer, group, norm.output_signs);
+    }
+  });
+}
+
 template <bool rows, class Element>
 void normalize(const BatchNorm& norm, const BatchNormTile& tile) {
   const auto sweep = [&]<ActivationKind kind>() {
-    for_lines<rows, kind == ActivationKind::smooth ? 1 : rows_per_group>(
-        norm.geometry, tile,
-        [&]<int group>(const Line& line) { normalize_lines<kind, rows, group, Element>(norm, line); });
+    if constexpr (!rows && kind != ActivationKind::smooth) {
+      if (is_run(norm.geometry, tile)) {
+        return normalize_runs<Element, kind>(norm, tile);
+      }
+    }
+    normalize_tile<rows, Element, kind>(norm, tile);
   };
   if (norm.activation == Activation::identity) {
     sweep.template operator()<ActivationKind::none>();

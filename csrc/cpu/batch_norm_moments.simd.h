@@ -1,8 +1,10 @@
 // Mean and sum of squared deviations of every channel.
 //
-// A block of units is read twice while it lies in the caches: for its mean, which need not be exact, then for the
-// deviations from that centre and their squares. The sum of the deviations mends the mean and the squares. Blocks and
-// chunks are merged by Chan's rule in double. Memory sees one read.
+// One read: the deviations of a block of units from a centre, and their squares. The centre need not be exact, as the
+// sum of the deviations mends the mean and the squares: it is the mean of the blocks before, and for the first block
+// that of an eighth of it. However far the block's own mean lies from that, the distance is a part of what is measured:
+// the squares about the mean of all elements are no less than an eighth or so of those about the centre, so that fp32
+// has digits enough. Blocks and chunks are merged by Chan's rule in double.
 
 #pragma once
 
@@ -42,32 +44,27 @@ FASTREG_INLINE void add_elements(const BatchNorm& norm, const BatchNormTile& blo
   }
 }
 
-// Asks for the lines of the next block while this one is read for the second time: else memory would be idle then.
-template <int group, class Element>
-FASTREG_INLINE void prefetch_lines(const BatchNormInput& input, const Line& line, int64_t outer_ahead) {
-  constexpr int64_t elements_per_cache_line = 64 / static_cast<int64_t>(sizeof(Element));
-  const auto lines = lines_of<group, Element>(input, line);
-  for (int r = 0; r < group; ++r) {
-    const Element* ahead = lines[r] + outer_ahead * input.outer_stride;
-    for (int64_t element = 0; element < line.elements; element += elements_per_cache_line) {
-      __builtin_prefetch(ahead + element, 0, 2);
-    }
-  }
+// The part of the first block whose mean is its centre.
+template <bool rows>
+FASTREG_INLINE BatchNormTile part_of(const BatchNormTile& block) {
+  constexpr int64_t least = rows ? rows_per_group : 1;
+  const int64_t units = block.end_unit - block.begin_unit;
+  const int64_t part = units / 8 > least ? units / 8 : least;
+  BatchNormTile tile = block;
+  tile.end_unit = part < units ? block.begin_unit + part : block.end_unit;
+  return tile;
 }
 
-// `ahead`: samples or rows from this block to the next; 0 for the last.
 template <bool rows, class Element>
 FASTREG_INLINE void add_deviations(const BatchNorm& norm, const BatchNormTile& block,
                                    const Accumulator<Element>* centres,
                                    BlockSums<rows, Accumulator<Element>>& deviations,
-                                   BlockSums<rows, Accumulator<Element>>& squares, int64_t ahead) {
+                                   BlockSums<rows, Accumulator<Element>>& squares, const Ahead& ahead) {
   using Scalar = Accumulator<Element>;
   if constexpr (rows) {
     for_lines<true, rows_per_group>(norm.geometry, block, [&]<int group>(const Line& line) {
       const auto input = lines_of<group, Element>(norm.input, line);
-      if (ahead > 0) {
-        prefetch_lines<group, Element>(norm.input, line, ahead);
-      }
+      ahead.prefetch(input, norm.input, line);
       for_columns<Scalar, 2>(line.elements, [&](auto lanes, int64_t column, int) {
         const Vector<Scalar> centre = AllLanes{}.load(centres + column);
         Vector<Scalar> values[group];
@@ -85,9 +82,7 @@ FASTREG_INLINE void add_deviations(const BatchNorm& norm, const BatchNormTile& b
         const auto input = lines_of<group, Element>(norm.input, line);
         const int64_t index = line.channel - block.begin_channel;
         const Vector<Scalar> centre = broadcast(centres[index]);
-        if (ahead > 0) {
-          prefetch_lines<group, Element>(norm.input, line, ahead);
-        }
+        ahead.prefetch(input, norm.input, line);
         sum_plane<unroll>(line.elements, index, deviations, squares,
                           [&](auto lanes, int64_t column, Vector<Scalar>& sum, Vector<Scalar>& square_sum) {
                             const Vector<Scalar> value = lanes.keep(lanes.load(input[0] + column) - centre);
@@ -111,20 +106,27 @@ void moments(const BatchNorm& norm, const BatchNormTile& tile, const BatchNormPa
   BlockSums<rows, Scalar> sums;
   BlockSums<rows, Scalar> square_sums;
   Scalar centres[channels_per_tile<rows> + lanes_of<Scalar>] = {};
+  const Ahead ahead = Ahead::of<Element>(norm.geometry, tile);
   int64_t before = 0;
   for_blocks(norm.geometry, tile, [&](const BatchNormTile& block) {
     const int64_t elements = elements_of_channel<rows>(norm.geometry, block.begin_unit, block.end_unit);
     const double reciprocal = 1.0 / double(elements);
-    sums.clear(channels);
-    add_elements<rows, Element>(norm, block, sums);
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      centres[channel] = static_cast<Scalar>(sums.total(channel) * reciprocal);
+    if (before == 0) {
+      sums.clear(channels);
+      const BatchNormTile part = part_of<rows>(block);
+      add_elements<rows, Element>(norm, part, sums);
+      const double share = 1.0 / double(elements_of_channel<rows>(norm.geometry, part.begin_unit, part.end_unit));
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        centres[channel] = static_cast<Scalar>(sums.total(channel) * share);
+      }
+    } else {
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        centres[channel] = static_cast<Scalar>(means[channel]);
+      }
     }
     sums.clear(channels);
     square_sums.clear(channels);
-    const int64_t next = block.end_unit - block.begin_unit;
-    const bool is_last = block.end_unit + next > tile.end_unit || norm.geometry.units_per_plane > 1;
-    add_deviations<rows, Element>(norm, block, centres, sums, square_sums, is_last ? 0 : next);
+    add_deviations<rows, Element>(norm, block, centres, sums, square_sums, ahead);
 
     const double share = double(elements) / double(before + elements);
     const double between = double(before) * share;

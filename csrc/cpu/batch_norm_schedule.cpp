@@ -3,6 +3,7 @@
 #include "batch_norm_schedule.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "door.h"
 
@@ -19,7 +20,7 @@ constexpr int64_t elements_per_chunk = 32768;
 
 // Of one sample, what a thread reads in a row of a group of adjacent planes, and of a group in all.
 constexpr int64_t bytes_per_run = 8192;
-constexpr int64_t bytes_per_group = int64_t{512} << 10;
+constexpr int64_t bytes_per_group = int64_t{2} << 20;
 
 // What may lie in the last cache between the two sweeps.
 constexpr int64_t resident_bytes = large_output;
@@ -30,13 +31,16 @@ struct Groups {
 };
 
 // plane_bytes: of all tensors that are read twice.
-Groups groups_of(const BatchNormGeometry& geometry, int64_t plane_bytes, int64_t threads) {
+Groups groups_of(const BatchNormGeometry& geometry, int64_t element_bytes, int64_t plane_bytes, int64_t threads) {
   int64_t channels = columns_per_tile;
   if (!geometry.rows) {
     const int64_t run = bytes_per_run / plane_bytes;
     const int64_t resident = bytes_per_group / (plane_bytes * geometry.samples);
     const int64_t share = geometry.channels / (4 * threads);
     channels = std::clamp<int64_t>(std::min({run, resident, share}), 1, planes_per_tile);
+    // Runs of whole cache lines can be written past the caches.
+    const int64_t aligned = cache_line / std::gcd(cache_line, geometry.spatial * element_bytes);
+    channels = channels > aligned ? channels / aligned * aligned : channels;
   }
   return {channels, parts_of(geometry.channels, channels)};
 }
@@ -137,7 +141,7 @@ BatchNormGeometry batch_norm_geometry(const ChannelView& view) {
 void run_batch_norm(const BatchNormGeometry& geometry, int64_t element_bytes, const BatchNormSweeps& sweeps) {
   const int64_t threads = thread_count(geometry.per_channel() * geometry.channels);
   const int64_t plane_bytes = geometry.spatial * std::max(sweeps.bytes_read_twice, element_bytes);
-  const Groups groups = groups_of(geometry, plane_bytes, threads);
+  const Groups groups = groups_of(geometry, element_bytes, plane_bytes, threads);
   const int64_t group_bytes = geometry.per_channel() * groups.channels * sweeps.bytes_read_twice;
   const auto run = [&](int64_t begin_group, int64_t end_group, int64_t own_threads) {
     run_tiles(Tiles(geometry, groups, begin_group, end_group), geometry, begin_group * groups.channels,

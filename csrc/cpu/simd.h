@@ -154,9 +154,36 @@ struct SomeLanes {
   }
 };
 
+// A whole vector that ends with the first `count` lanes, where what is before them is known to be there: full loads and
+// stores take a fraction of what those of some lanes do. For bodies only that give a column the same value again.
+struct LastLanes {
+  int count;
+
+  template <class Element>
+  FASTREG_INLINE Vector<Accumulator<Element>> load(const Element* source) const {
+    return AllLanes{}.load(source - overlap<Element>());
+  }
+
+  template <class Element>
+  FASTREG_INLINE void store(Element* target, Vector<Accumulator<Element>> vector) const {
+    AllLanes{}.store(target - overlap<Element>(), vector);
+  }
+
+  template <class Element>
+  FASTREG_INLINE void stream(Element* target, Vector<Accumulator<Element>> vector) const {
+    store(target, vector);
+  }
+
+ private:
+  template <class Element>
+  FASTREG_INLINE int overlap() const {
+    return lanes_of<Accumulator<Element>> - count;
+  }
+};
+
 // Calls body(lanes, column, k) for every vector of `columns` columns; k counts 0 .. unroll - 1 and chooses
 // one of as many independent accumulators, so that additions overlap.
-template <class Scalar, int unroll, class Body>
+template <class Scalar, int unroll, bool may_repeat = false, class Body>
 FASTREG_INLINE void for_columns(int64_t columns, const Body& body) {
   constexpr int lanes = lanes_of<Scalar>;
   int64_t column = 0;
@@ -170,8 +197,20 @@ FASTREG_INLINE void for_columns(int64_t columns, const Body& body) {
     body(AllLanes{}, column, 0);
   }
   if (column < columns) {
-    body(SomeLanes{static_cast<int>(columns - column)}, column, 0);
+    const int rest = static_cast<int>(columns - column);
+    if constexpr (may_repeat) {
+      if (column > 0) {
+        return body(LastLanes{rest}, column, 0);
+      }
+    }
+    body(SomeLanes{rest}, column, 0);
   }
+}
+
+// As for_columns, for a body that may be called for a column twice.
+template <class Scalar, int unroll, class Body>
+FASTREG_INLINE void map_columns(int64_t columns, const Body& body) {
+  for_columns<Scalar, unroll, true>(columns, body);
 }
 
 }  // namespace fastreg::FASTREG_SIMD

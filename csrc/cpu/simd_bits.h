@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace fastreg::FASTREG_SIMD {
@@ -70,6 +72,11 @@ FASTREG_INLINE int lane_count(SomeLanes lanes) {
   return lanes.count;
 }
 
+template <class Scalar>
+FASTREG_INLINE int lane_count(LastLanes lanes) {
+  return lanes.count;
+}
+
 template <class V>
 FASTREG_INLINE uint32_t bits_of(LaneMask<V> mask) {
 #if defined(__AVX512DQ__)
@@ -112,7 +119,11 @@ FASTREG_INLINE LaneMask<V> mask_of_bits(uint32_t bits) {
 template <class Scalar, class Lanes>
 FASTREG_INLINE void store_bits(Lanes lanes, unsigned char* line, int64_t column, uint32_t bits) {
   const int count = lane_count<Scalar>(lanes);
-  bits &= (1u << count) - 1;
+  if constexpr (std::is_same_v<Lanes, LastLanes>) {
+    bits >>= lanes_of<Scalar> - count;
+  } else {
+    bits &= (1u << count) - 1;
+  }
   unsigned char* target = line + column / 8;
   if constexpr (lanes_of<Scalar> == 16) {
     if (count > 8) {
@@ -130,7 +141,18 @@ FASTREG_INLINE void store_bits(Lanes lanes, unsigned char* line, int64_t column,
 template <class Scalar, class Lanes>
 FASTREG_INLINE uint32_t load_bits(Lanes lanes, const unsigned char* line, int64_t column) {
   const unsigned char* source = line + column / 8;
-  if constexpr (lanes_of<Scalar> == 16) {
+  if constexpr (std::is_same_v<Lanes, LastLanes>) {
+    // Sixteen bits from any one on lie in three bytes at most, eight or fewer in two.
+    const int64_t begin = column + lanes.count - lanes_of<Scalar>;
+    const int64_t last = (column + lanes.count - 1) / 8;
+    uint32_t bytes = uint32_t{line[begin / 8]};
+    if constexpr (lanes_of<Scalar> == 16) {
+      bytes |= uint32_t{line[begin / 8 + 1]} << 8 | uint32_t{line[last]} << 16;
+    } else {
+      bytes |= uint32_t{line[last]} << 8;
+    }
+    return bytes >> (begin % 8);
+  } else if constexpr (lanes_of<Scalar> == 16) {
     if (lane_count<Scalar>(lanes) > 8) {
       uint16_t both;
       __builtin_memcpy(&both, source, sizeof(both));
