@@ -255,8 +255,8 @@ constexpr int rows_of_gradient = kind == GradientKind::smooth ? 1 : 2;
 
 template <GradientKind kind, bool centred, bool rows, class Element>
 FASTREG_INLINE void gradient_tile(const BatchNorm& norm, const BatchNormTile& tile) {
-  // The first sweep has left the planes of a tile in the caches, but not the rows.
-  const Ahead ahead = rows ? Ahead::of<Element>(norm.geometry, tile) : Ahead::nothing();
+  const Ahead ahead =
+      rows ? Ahead::of<Element>(norm.geometry, tile) : Ahead::next_planes<Element>(norm.geometry, tile);
   for_lines<rows, rows_of_gradient<kind>>(norm.geometry, tile, [&]<int group>(const Line& line) {
     gradient_lines<kind, centred, rows, group, Element>(norm, line, ahead);
   });
@@ -267,6 +267,7 @@ void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
   using Scalar = Accumulator<Element>;
   constexpr int most_rows = rows_of_gradient<kind>;
   const int64_t spatial = norm.geometry.spatial;
+  const Ahead next = Ahead::next_planes<Element>(norm.geometry, tile);
   Repeated<Scalar> scale;
   Repeated<Scalar> mean;
   Repeated<Scalar> bias;
@@ -286,7 +287,7 @@ void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
     if constexpr (kind == GradientKind::bits) {
       signs.from_planes(norm.geometry, tile, line.outer, group, norm.signs);
     }
-    gradient_lines<kind, centred, true, group, Element>(run, line, Ahead::nothing());
+    gradient_lines<kind, centred, true, group, Element>(run, line, next);
   });
 }
 

@@ -160,7 +160,19 @@ class Ahead {
     return geometry.units_per_plane == 1 && run >= least_run ? Ahead(1 + distance / run, tile.end_unit) : nothing();
   }
 
-  // Where the lines are in the caches already.
+  // The planes of the next tile: a second sweep has those of its own in the caches, and leaves memory idle. Where the
+  // caches of a core have room for both.
+  template <class Element>
+  static FASTREG_INLINE Ahead next_planes(const BatchNormGeometry& geometry, const BatchNormTile& tile) {
+    const int64_t channels = tile.end_channel - tile.begin_channel;
+    const int64_t units = tile.end_unit - tile.begin_unit;
+    const int64_t elements = channels * geometry.elements_per_unit * units;
+    const bool fits = elements * static_cast<int64_t>(sizeof(Element)) <= largest_next;
+    return fits && tile.end_channel + channels <= geometry.channels
+               ? Ahead(0, tile.end_unit, channels * geometry.spatial)
+               : nothing();
+  }
+
   static FASTREG_INLINE Ahead nothing() { return Ahead(0, 0); }
 
   template <int group, class Element>
@@ -171,7 +183,7 @@ class Ahead {
       return;
     }
     for (int r = 0; r < group; ++r) {
-      const Element* ahead = lines[r] + units_ * tensor.outer_stride;
+      const Element* ahead = lines[r] + units_ * tensor.outer_stride + elements_;
       for (int64_t element = 0; element < line.elements; element += elements_per_cache_line) {
         __builtin_prefetch(ahead + element, 0, 2);
       }
@@ -181,11 +193,14 @@ class Ahead {
  private:
   static constexpr int64_t distance = 8192;  // bytes
   static constexpr int64_t least_run = 512;  // shorter rows are one stream to the hardware
+  static constexpr int64_t largest_next = int64_t{256} << 10;
 
-  FASTREG_INLINE Ahead(int64_t units, int64_t end_unit) : units_(units), end_unit_(end_unit) {}
+  FASTREG_INLINE Ahead(int64_t units, int64_t end_unit, int64_t elements = 0)
+      : units_(units), end_unit_(end_unit), elements_(elements) {}
 
   int64_t units_;
   int64_t end_unit_;
+  int64_t elements_;
 };
 
 // --- blocks ------------------------------------------------------------------------------------------------

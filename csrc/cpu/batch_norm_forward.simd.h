@@ -122,8 +122,10 @@ FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line, con
 template <bool rows, class Element, ActivationKind kind>
 FASTREG_INLINE void normalize_tile(const BatchNorm& norm, const BatchNormTile& tile) {
   const Ahead ahead = Ahead::of<Element>(norm.geometry, tile);
-  // The first sweep has left the planes of a tile in the caches, but not the rows.
-  const Ahead input_ahead = rows ? ahead : Ahead::nothing();
+  // What the first sweep has read is in the caches: of planes this tile, of rows all that is not too large.
+  const Ahead input_ahead = !rows          ? Ahead::next_planes<Element>(norm.geometry, tile)
+                            : norm.streams ? ahead
+                                           : Ahead::nothing();
   for_lines<rows, kind == ActivationKind::smooth ? 1 : rows_per_group>(
       norm.geometry, tile, [&]<int group>(const Line& line) {
         normalize_lines<kind, rows, group, Element>(norm, line, input_ahead, ahead);
@@ -135,6 +137,7 @@ void normalize_runs(const BatchNorm& norm, const BatchNormTile& tile) {
   using Scalar = Accumulator<Element>;
   const int64_t spatial = norm.geometry.spatial;
   const Ahead ahead = Ahead::of<Element>(norm.geometry, tile);
+  const Ahead next = Ahead::next_planes<Element>(norm.geometry, tile);
   Repeated<Scalar> mean;
   Repeated<Scalar> scale;
   Repeated<Scalar> bias;
@@ -147,7 +150,7 @@ void normalize_runs(const BatchNorm& norm, const BatchNormTile& tile) {
   run.streams = lines_stream(norm, run.geometry.channels * static_cast<int64_t>(sizeof(Element)),
                              tile.begin_channel * spatial * static_cast<int64_t>(sizeof(Element)));
   for_runs<rows_per_group>(norm.geometry, tile, signs.stride, [&]<int group>(const Line& line) {
-    normalize_lines<kind, true, group, Element>(run, line, Ahead::nothing(), ahead);
+    normalize_lines<kind, true, group, Element>(run, line, next, ahead);
     if (norm.output_signs != nullptr) {
       signs.to_planes(norm.geometry, tile, line.outer, group, norm.output_signs);
     }
