@@ -29,7 +29,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 # NVIDIA's compiler from PyPI, where there is none.
 NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
 
-BACKENDS := triton cuda_sim reference native
+BACKENDS := reference triton native cuda_sim
 OLDEST_TRITON := $(shell sed -n 's/^triton==//p' requirements/oldest_triton.txt)
 
 .DELETE_ON_ERROR:

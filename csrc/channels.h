@@ -167,7 +167,8 @@ inline VectorView channel_pairs(const Tensor& tensor, const ChannelView& input, 
 // Of the bits of `signs`: each line begins a new byte.
 inline int64_t sign_bytes_per_line(const ChannelView& view) { return (view.line_elements() + 7) / 8; }
 
-inline const unsigned char* signs_view(const std::optional<Tensor>& signs, const ChannelView& input, const char* op) {
+inline const unsigned char* signs_view(const std::optional<Tensor>& signs, const ChannelView& input,
+                                       Activation activation, const char* op) {
   if (!signs.has_value()) {
     return nullptr;
   }
@@ -180,6 +181,9 @@ inline const unsigned char* signs_view(const std::optional<Tensor>& signs, const
   if (dtype != aoti_torch_dtype_uint8() || elements != input.lines() * sign_bytes_per_line(input) ||
       !(device_of(*signs, op) == input.device)) {
     fail(op, "signs must be uint8, of ", input.lines() * sign_bytes_per_line(input), " bytes, on input's device.");
+  }
+  if (!needs_sign_only(activation)) {
+    fail(op, "signs are given, but they say nothing of this activation's derivative.");
   }
   return static_cast<const unsigned char*>(data);
 }

@@ -292,20 +292,25 @@ def test_the_program_of_the_mutants_accepts_the_kernels(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def mutant_outputs() -> Iterator[dict[str, Future[str]]]:
-    """All mutants, compiled and run on all processors at once."""
+    """Every seventh mutant, compiled and run on all processors at once."""
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        yield {mutant.name: pool.submit(mutants.run, mutant) for mutant in ALL_MUTANTS}
+        yield {mutant.name: pool.submit(mutants.run, mutant) for mutant in ALL_MUTANTS[::7]}
 
 
-@pytest.mark.parametrize("mutant", ALL_MUTANTS, ids=lambda mutant: mutant.name)
-def test_mutant_is_found(mutant: mutants.Mutant, mutant_outputs: dict[str, Future[str]]) -> None:
-    assert mutants.check_that_found(mutant_outputs[mutant.name].result()) in dict(mutants.CHECKS).values()
+@pytest.mark.parametrize("name", [mutant.name for mutant in ALL_MUTANTS[::7]])
+def test_mutant_is_found(name: str, mutant_outputs: dict[str, Future[str]]) -> None:
+    found, _ = mutants.committed()
+    assert mutants.check_that_found(mutant_outputs[name].result()) == found[name]
 
 
-def test_the_readme_says_which_check_found_which(mutant_outputs: dict[str, Future[str]]) -> None:
-    found = {name: mutants.check_that_found(output.result()) for name, output in mutant_outputs.items()}
-    text = mutants.README.read_text()
-    assert text == mutants.with_table(text, found), "run python tests/cuda_sim/mutants.py"
+def test_every_mutant_was_found_in_these_sources() -> None:
+    """All of them take ten minutes, and what they come to depends on these sources alone."""
+    found, digest = mutants.committed()
+    advice = "run python tests/cuda_sim/mutants.py"
+    assert digest == mutants.sources_digest(), advice
+    assert list(found) == [mutant.name for mutant in ALL_MUTANTS], advice
+    assert set(found.values()) <= set(dict(mutants.CHECKS).values())
+    assert mutants.README.read_text() == mutants.with_table(mutants.README.read_text(), found), advice
 
 
 def test_every_wait_and_mask_of_the_kernels_has_a_mutant() -> None:

@@ -28,10 +28,7 @@ struct BackwardProblem : BatchNormProblem {
         offset(input),
         slope(input) {
     norm.grad_output = optional_input(grad_output, input, op, "grad_output");
-    norm.signs = signs_view(signs, input, op);
-    if (norm.signs != nullptr && !needs_sign_only(norm.activation)) {
-      fail(op, "signs are given, but they say nothing of this activation's derivative.");
-    }
+    norm.signs = signs_view(signs, input, norm.activation, op);
     use_statistics(channel_pairs(statistics, input, op, "statistics").data);
     use_scale();
   }

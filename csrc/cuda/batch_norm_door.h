@@ -190,10 +190,7 @@ inline BatchNormBackwardArguments backward_arguments(const ChannelTensors& tenso
   BatchNormBackwardArguments arguments{};
   arguments.grad_output = grad_view.data;
   arguments.input = input.data;
-  arguments.signs = signs_view(signs, input, op);
-  if (arguments.signs != nullptr && !needs_sign_only(activation.kind)) {
-    fail(op, "signs are given, but they say nothing of this activation's derivative.");
-  }
+  arguments.signs = signs_view(signs, input, activation.kind, op);
   arguments.mean = static_cast<const float*>(saved.data);
   arguments.rstd = arguments.mean + input.channels;
   arguments.weight = parameter_of(tensors.weight);

@@ -3,13 +3,14 @@
 Every ``__syncthreads``, fence, wait, lane mask and bound in csrc/cuda has a mutant of its own, found in the sources by
 what it looks like, so that a new kernel has its mutants the day it is written; the mistakes that have no such pattern
 are listed. A mutant is compiled into a program of standalone*.cpp with the tracer and run. Most mistakes end it at
-the first case that reaches them. README.md has the table of what found which:
+the first case that reaches them. README.md has the table of what found which, and the digest of its sources:
 
-    python tests/cuda_sim/mutants.py     runs all of them and writes it
+    python tests/cuda_sim/mutants.py     runs all of them and writes both
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -308,10 +309,29 @@ def table(found: dict[str, str]) -> str:
 
 
 def with_table(text: str, found: dict[str, str]) -> str:
-    """The README's text with this table between its markers."""
+    """The README's text with this table between its markers, as one of the sources as they are."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{table(found)}\n\nOf the sources {sources_digest()}.\n\n{END}{after}"
+
+
+def sources_digest() -> str:
+    """Of all that decides what is found: the kernels, the simulator, the programs and this file."""
+    digest = hashlib.sha256()
+    headers = (build.ROOT / "csrc").glob("*.h")
+    kernels = (build.ROOT / "csrc" / "cuda").glob("*")
+    simulator = (path for path in build.HERE.glob("*") if path.suffix in (".h", ".cpp", ".cu"))
+    for path in sorted([*headers, *kernels, *simulator, Path(__file__).resolve()]):
+        digest.update(str(path.relative_to(build.ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def committed() -> tuple[dict[str, str], str]:
+    """The README's table, and the digest of the sources that it is of."""
+    text = README.read_text().partition(BEGIN)[2].partition(END)[0]
+    rows = re.findall(r"^\| (.+) \| ([^|]+) \|$", text, re.MULTILINE)
+    found = {name: check for name, check in rows if name != "mistake"}
+    return found, text.rpartition("Of the sources ")[2].partition(".")[0]
 
 
 def main() -> None:
