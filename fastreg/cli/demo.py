@@ -47,7 +47,7 @@ class Plan:
     patch_size: int = 16
     kernel_shapes: tuple[tuple[int, int], ...] | None = None
     kernel_map: tuple[int, ...] | None = None
-    kernel_seconds: float = 2.0
+    kernel_seconds: float = 1.0
     compile: bool = True
 
     def cases(self, device: torch.device) -> list[Case]:
