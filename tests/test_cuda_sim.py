@@ -306,7 +306,7 @@ def test_mutant_is_found(name: str, mutant_outputs: dict[str, Future[str]]) -> N
 
 
 def test_every_mutant_was_found_in_these_sources() -> None:
-    """All of them take ten minutes, and what they come to depends on these sources alone."""
+    """All of them take eight minutes of a processor, and what they come to depends on these sources alone."""
     found, digest = mutants.committed()
     advice = "run python tests/cuda_sim/mutants.py"
     assert digest == mutants.sources_digest(), advice

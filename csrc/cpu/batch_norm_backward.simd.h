@@ -274,15 +274,13 @@ void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
   Repeated<Scalar> slope;
   Repeated<Scalar> offset;
   RunSigns<most_rows> signs;
-  BatchNorm run = run_problem(norm);
+  BatchNorm run = run_problem<Element>(norm, tile);
   run.scale = scale(norm.scale, tile, spatial);
   run.mean = mean(centred || recomputes(kind) ? norm.mean : nullptr, tile, spatial);
   run.bias = bias(recomputes(kind) ? norm.bias : nullptr, tile, spatial);
   run.slope = slope(norm.slope, tile, spatial);
   run.offset = offset(norm.offset, tile, spatial);
   run.signs = norm.signs == nullptr ? nullptr : signs.data();
-  run.streams = lines_stream(norm, run.geometry.channels * static_cast<int64_t>(sizeof(Element)),
-                             tile.begin_channel * spatial * static_cast<int64_t>(sizeof(Element)));
   for_runs<most_rows>(norm.geometry, tile, signs.stride, [&]<int group>(const Line& line) {
     if constexpr (kind == GradientKind::bits) {
       signs.from_planes(norm.geometry, tile, line.outer, group, norm.signs);

@@ -111,6 +111,18 @@ FASTREG_INLINE LinesOf<group, Byte> signs_of(Byte* signs, const Line& line) {
   return {signs, line.signs_stride, {0, line.signs, 0, 0, 0, 0}};
 }
 
+// Calls body.operator()<group>(line_at(unit)) for every group of units of the tile, then <1> for each that is left.
+template <int group, class LineAt, class Body>
+FASTREG_INLINE void for_groups(const BatchNormTile& tile, const LineAt& line_at, const Body& body) {
+  int64_t unit = tile.begin_unit;
+  for (; unit + group <= tile.end_unit; unit += group) {
+    body.template operator()<group>(line_at(unit));
+  }
+  for (; unit < tile.end_unit; ++unit) {
+    body.template operator()<1>(line_at(unit));
+  }
+}
+
 // Calls body.operator()<group>(line) for every line, or group of rows, of the tile, as they lie in memory.
 template <bool rows, int group, class Body>
 FASTREG_INLINE void for_lines(const BatchNormGeometry& geometry, const BatchNormTile& tile, const Body& body) {
@@ -120,13 +132,7 @@ FASTREG_INLINE void for_lines(const BatchNormGeometry& geometry, const BatchNorm
       return Line{row, tile.begin_channel, tile.begin_channel, tile.end_channel - tile.begin_channel,
                   row * bytes + tile.begin_channel / 8, bytes};
     };
-    int64_t row = tile.begin_unit;
-    for (; row + group <= tile.end_unit; row += group) {
-      body.template operator()<group>(line_at(row));
-    }
-    for (; row < tile.end_unit; ++row) {
-      body.template operator()<1>(line_at(row));
-    }
+    for_groups<group>(tile, line_at, body);
   } else {
     const int64_t bytes = (geometry.spatial + 7) / 8;
     int64_t sample = tile.begin_unit / geometry.units_per_plane;

@@ -142,13 +142,11 @@ void normalize_runs(const BatchNorm& norm, const BatchNormTile& tile) {
   Repeated<Scalar> scale;
   Repeated<Scalar> bias;
   RunSigns<rows_per_group> signs;
-  BatchNorm run = run_problem(norm);
+  BatchNorm run = run_problem<Element>(norm, tile);
   run.mean = mean(norm.mean, tile, spatial);
   run.scale = scale(norm.scale, tile, spatial);
   run.bias = bias(norm.bias, tile, spatial);
   run.output_signs = norm.output_signs == nullptr ? nullptr : signs.data();
-  run.streams = lines_stream(norm, run.geometry.channels * static_cast<int64_t>(sizeof(Element)),
-                             tile.begin_channel * spatial * static_cast<int64_t>(sizeof(Element)));
   for_runs<rows_per_group>(norm.geometry, tile, signs.stride, [&]<int group>(const Line& line) {
     normalize_lines<kind, true, group, Element>(run, line, next, ahead);
     if (norm.output_signs != nullptr) {

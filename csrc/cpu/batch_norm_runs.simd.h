@@ -107,9 +107,13 @@ FASTREG_INLINE bool is_run(const BatchNormGeometry& geometry, const BatchNormTil
 }
 
 // The problem in which the runs of a tile are rows. Who needs a value a channel repeats it.
-FASTREG_INLINE BatchNorm run_problem(const BatchNorm& norm) {
+template <class Element>
+FASTREG_INLINE BatchNorm run_problem(const BatchNorm& norm, const BatchNormTile& tile) {
+  constexpr int64_t bytes = sizeof(Element);
   BatchNorm run = norm;
   run.geometry.channels = norm.geometry.channels * norm.geometry.spatial;
+  run.streams =
+      lines_stream(norm, run.geometry.channels * bytes, tile.begin_channel * norm.geometry.spatial * bytes);
   return run;
 }
 
@@ -160,13 +164,7 @@ FASTREG_INLINE void for_runs(const BatchNormGeometry& geometry, const BatchNormT
   const auto line_at = [&](int64_t sample) {
     return Line{sample, tile.begin_channel * geometry.spatial, 0, elements, 0, signs_stride};
   };
-  int64_t sample = tile.begin_unit;
-  for (; sample + group <= tile.end_unit; sample += group) {
-    body.template operator()<group>(line_at(sample));
-  }
-  for (; sample < tile.end_unit; ++sample) {
-    body.template operator()<1>(line_at(sample));
-  }
+  for_groups<group>(tile, line_at, body);
 }
 
 }  // namespace fastreg::FASTREG_SIMD
