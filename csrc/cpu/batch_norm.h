@@ -18,7 +18,10 @@ namespace fastreg {
 
 // Channels of a tile at most. Tiles of the rows family begin at multiples of it.
 constexpr int64_t planes_per_tile = 64;
-constexpr int64_t columns_per_tile = 512;
+constexpr int64_t columns_per_tile = 1024;
+
+// Channels whose chunks are merged at a time.
+constexpr int64_t channels_per_strip = 512;
 
 // Elements of a plane that one unit has at most.
 constexpr int64_t elements_per_unit = 4096;

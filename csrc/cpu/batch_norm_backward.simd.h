@@ -27,8 +27,8 @@ FASTREG_INLINE GradientKind gradient_kind(const BatchNorm& norm) {
 
 constexpr bool recomputes(GradientKind kind) { return kind == GradientKind::sign || kind == GradientKind::smooth; }
 
-// Lines of dy, and how dz is made of them.
-template <GradientKind kind, bool rows, int group, class Element>
+// Lines of dy, and how dz is made of them; reads_input: for other things than dz too.
+template <GradientKind kind, bool reads_input, bool rows, int group, class Element>
 struct Gradients {
   using Scalar = Accumulator<Element>;
   using V = Vector<Scalar>;
@@ -39,21 +39,23 @@ struct Gradients {
   Affine<rows, Scalar> affine;
   Activating<V> activating;
 
-  FASTREG_INLINE Gradients(const BatchNorm& norm, const Line& line)
-      : grad_output(lines_of<group, Element>(norm.grad_output, line)),
-        input(lines_of<group, Element>(norm.input, line)),
-        residual(lines_of<group, Element>(norm.residual, line)),
+  FASTREG_INLINE Gradients(const BatchNorm& norm, const Line& line, const Ahead& ahead)
+      : grad_output(lines_of<group, Element>(norm.grad_output, line, ahead)),
+        input(lines_of<group, Element>(norm.input, line, ahead)),
+        residual(lines_of<group, Element>(norm.residual, line, ahead)),
         signs(signs_of<group>(norm.signs, line)),
         affine(norm, line),
         activating(norm) {}
 
-  FASTREG_INLINE void prefetch(const Ahead& ahead, const BatchNorm& norm, const Line& line, bool reads_input) const {
-    ahead.prefetch(grad_output, norm.grad_output, line);
-    if (reads_input || recomputes(kind)) {
-      ahead.prefetch(input, norm.input, line);
+  FASTREG_INLINE void prefetch(int64_t column, int k) const {
+    grad_output.prefetch(column, k);
+    if constexpr (reads_input || recomputes(kind)) {
+      input.prefetch(column, k);
     }
     if constexpr (recomputes(kind)) {
-      ahead.prefetch(residual, norm.residual, line);
+      if (residual) {
+        residual.prefetch(column, k);
+      }
     }
   }
 
@@ -94,9 +96,9 @@ FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
   using V = Vector<Scalar>;
   if constexpr (rows) {
     for_lines<true, group_for<kind>>(norm.geometry, block, [&]<int group>(const Line& line) {
-      const Gradients<kind, true, group, Element> gradients(norm, line);
-      gradients.prefetch(ahead, norm, line, true);
-      for_columns<Scalar, 1>(line.elements, [&](auto lanes, int64_t column, int) {
+      const Gradients<kind, true, true, group, Element> gradients(norm, line, ahead);
+      for_columns<Scalar, 1>(line.elements, [&](auto lanes, int64_t column, int k) {
+        gradients.prefetch(column, k);
         const auto at = gradients.affine.at(lanes, column);
         V centred[group];
         V dz[group];
@@ -112,12 +114,12 @@ FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
   } else {
     with_unroll<Scalar>(norm.geometry, [&]<int unroll>() {
       for_lines<false, 1>(norm.geometry, block, [&]<int group>(const Line& line) {
-        const Gradients<kind, false, group, Element> gradients(norm, line);
-        gradients.prefetch(ahead, norm, line, true);
+        const Gradients<kind, true, false, group, Element> gradients(norm, line, ahead);
         const auto at = gradients.affine.at(AllLanes{}, 0);
         sum_plane<kind == GradientKind::smooth ? 1 : unroll>(
             line.elements, line.channel - block.begin_channel, plain, projected,
-            [&](auto lanes, int64_t column, V& plain_sum, V& projected_sum) {
+            [&](auto lanes, int64_t column, int k, V& plain_sum, V& projected_sum) {
+              gradients.prefetch(column, k);
               const V centred = lanes.load(gradients.input[0] + column) - at.mean;
               // dz is zero in missing lanes, x - mean is not.
               const V dz = gradients.dz(lanes, column, 0, at, centred);
@@ -178,8 +180,8 @@ void finish_sums(const BatchNormGeometry& geometry, const BatchNormPartials& par
                  const BatchNormSums& results, int64_t begin_channel, int64_t end_channel) {
   const double reciprocal = 1.0 / double(geometry.per_channel());
   for_strips(begin_channel, end_channel, [&](int64_t begin, int64_t channels) {
-    double plain[columns_per_tile] = {};
-    double projected[columns_per_tile] = {};
+    double plain[channels_per_strip] = {};
+    double projected[channels_per_strip] = {};
     for (int64_t chunk = 0; chunk < geometry.chunks; ++chunk) {
       const double* chunk_plain = partials.first + chunk * geometry.channels + begin;
       const double* chunk_projected = partials.second + chunk * geometry.channels + begin;
@@ -213,16 +215,16 @@ template <GradientKind kind, bool centred, bool rows, int group, class Element>
 FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line, const Ahead& ahead) {
   using Scalar = Accumulator<Element>;
   using V = Vector<Scalar>;
-  const Gradients<kind, rows, group, Element> gradients(norm, line);
+  const Gradients<kind, centred, rows, group, Element> gradients(norm, line, ahead);
   const ChannelValues<rows, Scalar> slopes(norm.slope, line.channel);
   const ChannelValues<rows, Scalar> offsets(norm.offset, line.channel);
   const auto grad_input = lines_of<group, rows, Element>(norm.grad_input, norm.geometry, line);
   const auto grad_residual = lines_of<group, rows, Element>(norm.grad_residual, norm.geometry, line);
   const Writer write{lines_stream<rows, Element>(norm)};
   constexpr int unroll = kind == GradientKind::smooth ? 1 : group == 1 ? 2 : vectors_per_step<Element>;
-  gradients.prefetch(ahead, norm, line, centred);
   map_columns<Scalar, unroll>(
-      line.elements, [&](auto lanes, int64_t column, int) {
+      line.elements, [&](auto lanes, int64_t column, int k) {
+        gradients.prefetch(column, k);
         const auto at = gradients.affine.at(lanes, column);
         const V slope = slopes.at(lanes, column);
         const V offset = offsets.at(lanes, column);
@@ -257,9 +259,12 @@ template <GradientKind kind, bool centred, bool rows, class Element>
 FASTREG_INLINE void gradient_tile(const BatchNorm& norm, const BatchNormTile& tile) {
   const Ahead ahead =
       rows ? Ahead::of<Element>(norm.geometry, tile) : Ahead::next_planes<Element>(norm.geometry, tile);
-  for_lines<rows, rows_of_gradient<kind>>(norm.geometry, tile, [&]<int group>(const Line& line) {
-    gradient_lines<kind, centred, rows, group, Element>(norm, line, ahead);
-  });
+  for_lines<rows, rows_of_gradient<kind>>(
+      norm.geometry, tile,
+      [&]<int group>(const Line& line) {
+        gradient_lines<kind, centred, rows, group, Element>(norm, line, ahead);
+      },
+      one_by_one<rows, Element>(norm));
 }
 
 template <GradientKind kind, bool centred, class Element>

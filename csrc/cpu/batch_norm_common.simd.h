@@ -71,6 +71,7 @@ struct Line {
 template <int group, class Element>
 struct LinesOf {
   Element* begin[group];
+  int64_t ahead = 0;  // elements from there to what is asked for in the meantime
 
   FASTREG_INLINE LinesOf(Element* data, int64_t outer_stride, const Line& line) {
     for (int r = 0; r < group; ++r) {
@@ -80,12 +81,20 @@ struct LinesOf {
 
   FASTREG_INLINE explicit operator bool() const { return begin[0] != nullptr; }
   FASTREG_INLINE Element* operator[](int r) const { return begin[r]; }
-};
 
-template <int group, class Element>
-FASTREG_INLINE LinesOf<group, const Element> lines_of(const BatchNormInput& tensor, const Line& line) {
-  return {static_cast<const Element*>(tensor.data), tensor.outer_stride, line};
-}
+  // Asks for what lies ahead of the k-th vector of a step, a cache line of each row: all along the loop over the
+  // columns, as a core that asks for a whole line at once waits until it has places for that. With nothing ahead it
+  // is the line that is read now, which is cheaper than a branch.
+  FASTREG_INLINE void prefetch(int64_t column, int k) const {
+    constexpr int vectors = 64 / (vector_bytes / sizeof(Accumulator<Element>) * sizeof(Element));
+    if (vectors <= 1 || k % vectors == 0) {
+#pragma GCC unroll 4
+      for (int r = 0; r < group; ++r) {
+        __builtin_prefetch(begin[r] + column + ahead, 0, 2);
+      }
+    }
+  }
+};
 
 // Of a dense output.
 template <int group, bool rows, class Element>
@@ -106,16 +115,26 @@ FASTREG_INLINE bool lines_stream(const BatchNorm& norm) {
   return lines_stream(norm, elements * static_cast<int64_t>(sizeof(Element)));
 }
 
+// Whether rows are written one after the other, not a group at a time: a core gathers few cache lines at once that go
+// past the caches. Shorter rows gain more by what they share in a group.
+template <bool rows, class Element>
+FASTREG_INLINE bool one_by_one(const BatchNorm& norm) {
+  constexpr int64_t least_bytes = 1024;
+  return norm.geometry.channels * static_cast<int64_t>(sizeof(Element)) >= least_bytes &&
+         lines_stream<rows, Element>(norm);
+}
+
 template <int group, class Byte>
 FASTREG_INLINE LinesOf<group, Byte> signs_of(Byte* signs, const Line& line) {
   return {signs, line.signs_stride, {0, line.signs, 0, 0, 0, 0}};
 }
 
-// Calls body.operator()<group>(line_at(unit)) for every group of units of the tile, then <1> for each that is left.
+// Calls body.operator()<group>(line_at(unit)) for every group of units of the tile, then <1> for each that is left, or
+// for all of them.
 template <int group, class LineAt, class Body>
-FASTREG_INLINE void for_groups(const BatchNormTile& tile, const LineAt& line_at, const Body& body) {
+FASTREG_INLINE void for_groups(const BatchNormTile& tile, const LineAt& line_at, const Body& body, bool singly) {
   int64_t unit = tile.begin_unit;
-  for (; unit + group <= tile.end_unit; unit += group) {
+  for (; !singly && unit + group <= tile.end_unit; unit += group) {
     body.template operator()<group>(line_at(unit));
   }
   for (; unit < tile.end_unit; ++unit) {
@@ -125,14 +144,15 @@ FASTREG_INLINE void for_groups(const BatchNormTile& tile, const LineAt& line_at,
 
 // Calls body.operator()<group>(line) for every line, or group of rows, of the tile, as they lie in memory.
 template <bool rows, int group, class Body>
-FASTREG_INLINE void for_lines(const BatchNormGeometry& geometry, const BatchNormTile& tile, const Body& body) {
+FASTREG_INLINE void for_lines(const BatchNormGeometry& geometry, const BatchNormTile& tile, const Body& body,
+                              bool singly = false) {
   if constexpr (rows) {
     const int64_t bytes = (geometry.channels + 7) / 8;
     const auto line_at = [&](int64_t row) {
       return Line{row, tile.begin_channel, tile.begin_channel, tile.end_channel - tile.begin_channel,
                   row * bytes + tile.begin_channel / 8, bytes};
     };
-    for_groups<group>(tile, line_at, body);
+    for_groups<group>(tile, line_at, body, singly);
   } else {
     const int64_t bytes = (geometry.spatial + 7) / 8;
     int64_t sample = tile.begin_unit / geometry.units_per_plane;
@@ -181,19 +201,9 @@ class Ahead {
 
   static FASTREG_INLINE Ahead nothing() { return Ahead(0, 0); }
 
-  template <int group, class Element>
-  FASTREG_INLINE void prefetch(const LinesOf<group, const Element>& lines, const BatchNormInput& tensor,
-                               const Line& line) const {
-    constexpr int64_t elements_per_cache_line = 64 / static_cast<int64_t>(sizeof(Element));
-    if (!lines || line.outer + units_ + group > end_unit_) {
-      return;
-    }
-    for (int r = 0; r < group; ++r) {
-      const Element* ahead = lines[r] + units_ * tensor.outer_stride + elements_;
-      for (int64_t element = 0; element < line.elements; element += elements_per_cache_line) {
-        __builtin_prefetch(ahead + element, 0, 2);
-      }
-    }
+  // Elements from a group of lines to those that are asked for while it is worked on.
+  FASTREG_INLINE int64_t elements(const BatchNormInput& tensor, const Line& line, int group) const {
+    return line.outer + units_ + group <= end_unit_ ? units_ * tensor.outer_stride + elements_ : 0;
   }
 
  private:
@@ -208,6 +218,14 @@ class Ahead {
   int64_t end_unit_;
   int64_t elements_;
 };
+
+template <int group, class Element>
+FASTREG_INLINE LinesOf<group, const Element> lines_of(const BatchNormInput& tensor, const Line& line,
+                                                      const Ahead& ahead = Ahead::nothing()) {
+  LinesOf<group, const Element> lines(static_cast<const Element*>(tensor.data), tensor.outer_stride, line);
+  lines.ahead = ahead.elements(tensor, line, group);
+  return lines;
+}
 
 // --- blocks ------------------------------------------------------------------------------------------------
 
@@ -275,7 +293,7 @@ FASTREG_INLINE void sum_plane(int64_t elements, int64_t index, BlockSums<false, 
     Vector<Scalar> second_sums[unroll] = {};
     const int64_t rest = elements - begin;
     for_columns<Scalar, unroll>(rest < segment ? rest : segment, [&](auto lanes, int64_t column, int k) {
-      body(lanes, begin + column, first_sums[k], second_sums[k]);
+      body(lanes, begin + column, k, first_sums[k], second_sums[k]);
     });
     if constexpr (unroll == 4) {
       first.add(index, (first_sums[0] + first_sums[1]) + (first_sums[2] + first_sums[3]));

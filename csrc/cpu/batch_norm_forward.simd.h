@@ -85,18 +85,20 @@ FASTREG_INLINE void normalize_lines(const BatchNorm& norm, const Line& line, con
                                     const Ahead& ahead) {
   using Scalar = Accumulator<Element>;
   using V = Vector<Scalar>;
-  const auto input = lines_of<group, Element>(norm.input, line);
-  const auto residual = lines_of<group, Element>(norm.residual, line);
+  const auto input = lines_of<group, Element>(norm.input, line, input_ahead);
+  const auto residual = lines_of<group, Element>(norm.residual, line, ahead);
   const auto output = lines_of<group, rows, Element>(norm.output, norm.geometry, line);
   const auto signs = signs_of<group>(norm.output_signs, line);
   const Affine<rows, Scalar> affine(norm, line);
   const Activating<V> activating(norm);
   const Writer write{lines_stream<rows, Element>(norm)};
   constexpr int unroll = kind == ActivationKind::smooth ? 1 : group == 1 ? 2 : vectors_per_step<Element>;
-  input_ahead.prefetch(input, norm.input, line);
-  ahead.prefetch(residual, norm.residual, line);
   map_columns<Scalar, unroll>(
-      line.elements, [&](auto lanes, int64_t column, int) {
+      line.elements, [&](auto lanes, int64_t column, int k) {
+        input.prefetch(column, k);
+        if (residual) {
+          residual.prefetch(column, k);
+        }
         const auto at = affine.at(lanes, column);
         // All loads before all stores: rows may lie a multiple of 4096 bytes apart.
         V z[group];
@@ -127,9 +129,11 @@ FASTREG_INLINE void normalize_tile(const BatchNorm& norm, const BatchNormTile& t
                             : norm.streams ? ahead
                                            : Ahead::nothing();
   for_lines<rows, kind == ActivationKind::smooth ? 1 : rows_per_group>(
-      norm.geometry, tile, [&]<int group>(const Line& line) {
+      norm.geometry, tile,
+      [&]<int group>(const Line& line) {
         normalize_lines<kind, rows, group, Element>(norm, line, input_ahead, ahead);
-      });
+      },
+      one_by_one<rows, Element>(norm));
 }
 
 template <class Element, ActivationKind kind>

@@ -36,7 +36,7 @@ FASTREG_INLINE void add_elements(const BatchNorm& norm, const BatchNormTile& blo
       for_lines<false, 1>(norm.geometry, block, [&]<int group>(const Line& line) {
         const auto input = lines_of<group, Element>(norm.input, line);
         sum_plane<unroll>(line.elements, line.channel - block.begin_channel, sums, none,
-                          [&](auto lanes, int64_t column, Vector<Scalar>& sum, Vector<Scalar>&) {
+                          [&](auto lanes, int64_t column, int, Vector<Scalar>& sum, Vector<Scalar>&) {
                             sum += lanes.load(input[0] + column);
                           });
       });
@@ -63,9 +63,9 @@ FASTREG_INLINE void add_deviations(const BatchNorm& norm, const BatchNormTile& b
   using Scalar = Accumulator<Element>;
   if constexpr (rows) {
     for_lines<true, rows_per_group>(norm.geometry, block, [&]<int group>(const Line& line) {
-      const auto input = lines_of<group, Element>(norm.input, line);
-      ahead.prefetch(input, norm.input, line);
-      for_columns<Scalar, 2>(line.elements, [&](auto lanes, int64_t column, int) {
+      const auto input = lines_of<group, Element>(norm.input, line, ahead);
+      for_columns<Scalar, 2>(line.elements, [&](auto lanes, int64_t column, int k) {
+        input.prefetch(column, k);
         const Vector<Scalar> centre = AllLanes{}.load(centres + column);
         Vector<Scalar> values[group];
 #pragma GCC unroll 4
@@ -79,12 +79,12 @@ FASTREG_INLINE void add_deviations(const BatchNorm& norm, const BatchNormTile& b
   } else {
     with_unroll<Scalar>(norm.geometry, [&]<int unroll>() {
       for_lines<false, 1>(norm.geometry, block, [&]<int group>(const Line& line) {
-        const auto input = lines_of<group, Element>(norm.input, line);
+        const auto input = lines_of<group, Element>(norm.input, line, ahead);
         const int64_t index = line.channel - block.begin_channel;
         const Vector<Scalar> centre = broadcast(centres[index]);
-        ahead.prefetch(input, norm.input, line);
         sum_plane<unroll>(line.elements, index, deviations, squares,
-                          [&](auto lanes, int64_t column, Vector<Scalar>& sum, Vector<Scalar>& square_sum) {
+                          [&](auto lanes, int64_t column, int k, Vector<Scalar>& sum, Vector<Scalar>& square_sum) {
+                            input.prefetch(column, k);
                             const Vector<Scalar> value = lanes.keep(lanes.load(input[0] + column) - centre);
                             sum += value;
                             square_sum = multiply_add(value, value, square_sum);
@@ -155,7 +155,7 @@ template <class Scalar>
 FASTREG_INLINE void store_statistics(const BatchNormStatistics& results, int64_t begin, int64_t channels,
                                      const double* means, const double* squares, double count) {
   const Scalar* weight = static_cast<const Scalar*>(results.weight);
-  Scalar rstds[columns_per_tile];
+  Scalar rstds[channels_per_strip];
   for (int64_t channel = 0; channel < channels; ++channel) {
     rstds[channel] = static_cast<Scalar>(reciprocal_deviation(squares[channel], count, results.eps));
   }
@@ -183,12 +183,12 @@ FASTREG_INLINE void store_statistics(const BatchNormStatistics& results, int64_t
   }
 }
 
-// Calls body(begin, channels) for every strip of [begin_channel, end_channel) that fits the buffers of a tile.
+// Calls body(begin, channels) for every strip of [begin_channel, end_channel).
 template <class Body>
 FASTREG_INLINE void for_strips(int64_t begin_channel, int64_t end_channel, const Body& body) {
-  for (int64_t begin = begin_channel; begin < end_channel; begin += columns_per_tile) {
+  for (int64_t begin = begin_channel; begin < end_channel; begin += channels_per_strip) {
     const int64_t rest = end_channel - begin;
-    body(begin, rest < columns_per_tile ? rest : columns_per_tile);
+    body(begin, rest < channels_per_strip ? rest : channels_per_strip);
   }
 }
 
@@ -196,8 +196,8 @@ template <class Scalar>
 void finish_running(const void* mean, const void* variance, const BatchNormStatistics& results,
                     int64_t begin_channel, int64_t end_channel) {
   for_strips(begin_channel, end_channel, [&](int64_t begin, int64_t channels) {
-    double means[columns_per_tile];
-    double variances[columns_per_tile];
+    double means[channels_per_strip];
+    double variances[channels_per_strip];
     for (int64_t channel = 0; channel < channels; ++channel) {
       means[channel] = double(static_cast<const Scalar*>(mean)[begin + channel]);
       variances[channel] = double(static_cast<const Scalar*>(variance)[begin + channel]);
@@ -210,8 +210,8 @@ template <bool rows, class Element>
 void finish_moments(const BatchNormGeometry& geometry, const BatchNormPartials& partials,
                     const BatchNormStatistics& results, int64_t begin_channel, int64_t end_channel) {
   for_strips(begin_channel, end_channel, [&](int64_t begin, int64_t channels) {
-    double means[columns_per_tile];
-    double squares[columns_per_tile];
+    double means[channels_per_strip];
+    double squares[channels_per_strip];
     __builtin_memcpy(means, partials.first + begin, static_cast<size_t>(channels) * sizeof(double));
     __builtin_memcpy(squares, partials.second + begin, static_cast<size_t>(channels) * sizeof(double));
     for (int64_t chunk = 1; chunk < geometry.chunks; ++chunk) {

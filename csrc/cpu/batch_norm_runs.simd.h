@@ -164,7 +164,7 @@ FASTREG_INLINE void for_runs(const BatchNormGeometry& geometry, const BatchNormT
   const auto line_at = [&](int64_t sample) {
     return Line{sample, tile.begin_channel * geometry.spatial, 0, elements, 0, signs_stride};
   };
-  for_groups<group>(tile, line_at, body);
+  for_groups<group>(tile, line_at, body, false);
 }
 
 }  // namespace fastreg::FASTREG_SIMD

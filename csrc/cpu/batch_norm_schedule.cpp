@@ -10,7 +10,8 @@
 namespace fastreg {
 namespace {
 
-// A block of units is read twice in a row, and should not leave the second-level cache in between.
+// Of a block, whose sums are made in the dtype of accumulation: rows of at most so many columns, or planes.
+constexpr int64_t columns_of_block = 512;
 constexpr int64_t bytes_per_block = int64_t{64} << 10;
 constexpr int64_t elements_per_block = 2048;
 
@@ -81,12 +82,11 @@ void run_tiles(const Tiles& tiles, const BatchNormGeometry& geometry, int64_t be
         sweeps.sums(tiles.tile(index), tiles.chunk(index));
       }
     });
-    constexpr int64_t channels_per_part = columns_per_tile;
     const int64_t channels = end_channel - begin_channel;
-    split(parts_of(channels, channels_per_part), threads == 1 ? 1 : thread_count(channels * geometry.chunks),
+    split(parts_of(channels, channels_per_strip), threads == 1 ? 1 : thread_count(channels * geometry.chunks),
           [&](int64_t begin, int64_t end) {
-            sweeps.finish(begin_channel + begin * channels_per_part,
-                          std::min(begin_channel + end * channels_per_part, end_channel));
+            sweeps.finish(begin_channel + begin * channels_per_strip,
+                          std::min(begin_channel + end * channels_per_strip, end_channel));
           });
   }
   if (sweeps.outputs) {
@@ -110,7 +110,7 @@ BatchNormGeometry batch_norm_geometry(const ChannelView& view) {
     return geometry;  // nothing to cut, and nothing will be run
   }
   if (view.rows) {
-    const int64_t row_bytes = std::min(view.channels, columns_per_tile) * element_size(view.dtype);
+    const int64_t row_bytes = std::min(view.channels, columns_of_block) * element_size(view.dtype);
     geometry.units_per_plane = 1;
     geometry.elements_per_unit = 1;
     geometry.units = view.samples * view.spatial;
