@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "activation.simd.h"
 #include "batch_norm.h"
 #include "simd.h"
@@ -51,6 +53,8 @@ struct ChannelValues<true, Scalar> {
 
 // --- lines -------------------------------------------------------------------------------------------------
 
+constexpr int64_t cache_line = 64;
+
 // Rows that are worked on together: what is known of their channels is loaded once for all of them.
 constexpr int rows_per_group = 4;
 
@@ -86,7 +90,7 @@ struct LinesOf {
   // columns, as a core that asks for a whole line at once waits until it has places for that. With nothing ahead it
   // is the line that is read now, which is cheaper than a branch.
   FASTREG_INLINE void prefetch(int64_t column, int k) const {
-    constexpr int vectors = 64 / (vector_bytes / sizeof(Accumulator<Element>) * sizeof(Element));
+    constexpr int vectors = cache_line / (lanes_of<Accumulator<std::remove_const_t<Element>>> * sizeof(Element));
     if (vectors <= 1 || k % vectors == 0) {
 #pragma GCC unroll 4
       for (int r = 0; r < group; ++r) {
@@ -105,7 +109,6 @@ FASTREG_INLINE LinesOf<group, Element> lines_of(void* data, const BatchNormGeome
 // Whether the lines of a dense output that begin `stride` bytes apart, the first of them `begin` bytes from its
 // beginning, are written past the caches.
 FASTREG_INLINE bool lines_stream(const BatchNorm& norm, int64_t stride, int64_t begin = 0) {
-  constexpr int64_t cache_line = 64;
   return norm.streams && stride % cache_line == 0 && begin % cache_line == 0;
 }
 
@@ -120,7 +123,7 @@ FASTREG_INLINE bool lines_stream(const BatchNorm& norm) {
 template <bool rows, class Element>
 FASTREG_INLINE bool one_by_one(const BatchNorm& norm) {
   constexpr int64_t least_bytes = 1024;
-  return norm.geometry.channels * static_cast<int64_t>(sizeof(Element)) >= least_bytes &&
+  return rows && norm.geometry.channels * static_cast<int64_t>(sizeof(Element)) >= least_bytes &&
          lines_stream<rows, Element>(norm);
 }
 
