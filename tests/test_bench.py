@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -213,27 +214,30 @@ def test_byte_formula() -> None:
     assert root[BACKWARD] == (x + rows * 4 + columns * 4) + (x // 2 + columns * 4)
 
 
-@pytest.mark.parametrize("chain", batch_norm.CHAINS)
+@pytest.mark.parametrize("chain", ["", "relu", "add+relu"])
 def test_bytes_of_a_batch_norm_are_what_stays_on_chip_needs(chain: str) -> None:
     problem = Case("batch_norm", (4, 16, 8, 8), torch.bfloat16, "contiguous", chain).problem(CPU)
     x = problem.input.nbytes
     statistics, parameters = 2 * 16 * 4, 2 * 16 * 4
-    passes = 3 if chain else 2
+    passes = 3 if "add" in chain else 2
     # Running statistics are read and written.
     assert problem.bytes_moved[FORWARD] == passes * x + statistics + parameters + 2 * parameters
     assert problem.bytes_moved[BACKWARD] == (passes + 1) * x + statistics + 2 * parameters
 
 
 def test_the_grid_of_batch_norm_is_of_a_resnet_50() -> None:
-    for device_type, count in (("cpu", 9), ("cuda", 24)):
-        shapes = batch_norm.GRID[device_type]
-        assert len(set(shapes)) == len(shapes) == count
+    for device_type, layers in (("cpu", 9), ("cuda", 24)):
+        points = batch_norm.GRID[device_type]
+        assert len(set(points)) == len(points)
+        shapes = {shape for shape, _, _ in points}
         assert {shape[0] for shape in shapes} == {32, 256}
         assert {(shape[1], shape[2]) for shape in shapes} <= set(batch_norm.RESNET_50)
-        found = benchmark.cases("batch_norm", device_type)
-        assert len(set(found)) == len(found) == 8 * count
+        kinds = Counter((layout, chain) for _, layout, chain in points)
+        counts = {"": layers, "relu": 9, "add+relu": layers}
+        assert kinds == {(layout, chain): counts[chain] for layout in batch_norm.LAYOUTS for chain in counts}
+        assert len(set(benchmark.cases("batch_norm", device_type))) == 2 * len(points)
     # Three activations and a gradient for each of five providers.
-    assert max(math.prod(shape) for shape in batch_norm.GRID["cpu"]) * 4 * 4 * 5 < 12e9
+    assert max(math.prod(shape) for shape, _, _ in batch_norm.GRID["cpu"]) * 4 * 4 * 5 < 12e9
 
 
 def test_the_reference_is_not_timed_on_a_large_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,10 +512,13 @@ def test_summary_prints_every_table(document: dict[str, Any]) -> None:
 
 def test_every_kind_of_case_comes_early() -> None:
     cases = gpu_timing.spread(benchmark.cases("batch_norm", "cuda"))
-    assert len(set(cases)) == len(cases) == 192
+    assert len(set(cases)) == len(cases) == 228
     kinds = [(case.dtype, case.layout, case.chain) for case in cases]
-    assert len(set(kinds[:8])) == 8
-    assert kinds == kinds[:8] * 24
+    assert len(set(kinds[:12])) == 12
+    # Nine shapes of every kind; of those with a ReLU only there are no more.
+    assert kinds[: 9 * 12] == kinds[:12] * 9
+    rest = [kind for kind in kinds[:12] if kind[2] != "relu"]
+    assert kinds[9 * 12 :] == rest * 15
     compiled = {case.shape for case in cases} & set(gpu_timing._COMPILED["batch_norm"])
     assert compiled == set(gpu_timing._COMPILED["batch_norm"])
 

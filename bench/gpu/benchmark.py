@@ -14,7 +14,7 @@ from bench.gpu.stage import Outcome, Settings, one_line, table, write_log
 from bench.gpu.suite import environment
 
 # Seconds for the rounds of a case. 36 cases of nine shapes of the norms over rows take torch.compile and the gate some
-# ten seconds each on top; batch norm has 192, and time for torch.compile in a few of them only.
+# ten seconds each on top; batch norm has 228, and time for torch.compile in a few of them only.
 STAGES = {"bench": (("layer_norm", "rms_norm"), 2.0), "bench_batch_norm": (("batch_norm",), 0.5)}
 _REHEARSED_SECONDS = 0.1
 # For the host's cost after the cases, and for the process to end.

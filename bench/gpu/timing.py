@@ -11,6 +11,7 @@ When all ops are there the document is saved as bench/results/ has it, <machine>
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -38,11 +39,12 @@ def spread(cases: list[Case]) -> list[Case]:
     kinds: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         kinds.setdefault((case.op, case.dtype, case.layout, case.chain), []).append(case)
-    longest = max(map(len, kinds.values()))
     # Ordinary sizes lie in the middle of the grid: from there outwards.
-    middle = longest // 2
-    order = sorted(range(longest), key=lambda place: abs(place - middle))
-    return [kind[place] for place in order for kind in kinds.values() if place < len(kind)]
+    outwards = (
+        [kind[place] for place in sorted(range(len(kind)), key=lambda place: abs(place - len(kind) // 2))]
+        for kind in kinds.values()
+    )
+    return [case for turn in itertools.zip_longest(*outwards) for case in turn if case is not None]
 
 
 def warm_up(device: torch.device, seconds: float = 1.5) -> None:
@@ -169,7 +171,7 @@ def main() -> int:
     done = measured == len(left)
     host = {(record["op"], record["chain"]) for record in document["host"]}
     for op in ops if done else ():
-        for chain in workload(op).CHAINS:
+        for chain in workload(op).HOST_CHAINS:
             if (op, chain) not in host:
                 document["host"] += host_cost(op, device, chain, rounds=3 if rehearsal else 51)
     document["host"].sort(key=lambda record: names().index(record["op"]))

@@ -26,10 +26,9 @@ def grid(device: torch.device, ops: Sequence[str] = (), dtypes: Sequence[torch.d
 
 
 def cases(op: str, grid: str, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Case]:
-    """An op's cases on a device type, or for a "rehearsal": every shape in every dtype, layout and chain."""
-    workload = workloads.workload(op)
-    settings = itertools.product(dtypes, workload.LAYOUTS, workload.CHAINS, workload.GRID[grid])
-    return [Case(op, shape, dtype, layout, chain) for dtype, layout, chain, shape in settings]
+    """An op's cases on a device type, or for a "rehearsal": every point of its grid in every dtype."""
+    settings = itertools.product(dtypes, workloads.workload(op).GRID[grid])
+    return [Case(op, shape, dtype, layout, chain) for dtype, (shape, layout, chain) in settings]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Plan:
     @property
     def _host_calls(self) -> list[tuple[str, str]]:
         ops = sorted({case.op for case in self.cases})
-        return [(op, chain) for op in ops for chain in workloads.workload(op).CHAINS]
+        return [(op, chain) for op in ops for chain in workloads.workload(op).HOST_CHAINS]
 
     def run(self, document: Record) -> Iterator[str]:
         """Fill the document's "cases" and "host", yielding the name of each step before it is taken."""

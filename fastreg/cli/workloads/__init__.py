@@ -3,11 +3,11 @@
 A workload module has
 
 - ``make_problem(case, device, parameter_dtype=None)``, which returns a ``Problem``;
-- ``GRID``: the shapes of the committed benchmark for each device type, and of a "rehearsal"; ``LAYOUTS`` and
-  ``CHAINS``: those in which each shape is measured;
+- ``GRID``: the committed benchmark for each device type, and for a "rehearsal": its points, each in every dtype;
+- ``HOST_CHAINS``: the chains whose cost on the host is measured;
 - ``SECONDS``: how long the rounds of one case take unless a command says otherwise;
 - ``PEERS``: the other libraries that its problems know;
-- ``CHECKS``: the shapes, layouts and chains that ``python -m fastreg check`` tries.
+- ``CHECKS``: the points that ``python -m fastreg check`` tries.
 
 A new op adds its file here and nothing else.
 """
@@ -15,6 +15,7 @@ A new op adds its file here and nothing else.
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,17 @@ from fastreg.cli.gate import Exact
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
 
 Function = Callable[..., torch.Tensor]
+# A shape, a layout and a chain, as in a ``Case``.
+Point = tuple[tuple[int, ...], str, str]
+
+
+def points(
+    shapes: Iterable[tuple[int, ...]], layouts: Iterable[str] = ("",), chains: Iterable[str] = ("",)
+) -> tuple[Point, ...]:
+    """Every shape in every layout and chain."""
+    return tuple(
+        (shape, layout, chain) for layout, chain, shape in itertools.product(layouts, chains, shapes)
+    )
 
 
 @dataclass(frozen=True)

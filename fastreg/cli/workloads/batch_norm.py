@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from fastreg import backends, functional
-from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Problem
+from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Point, Problem, points
 from fastreg.cli.workloads._batch_norm_truth import Setting, exact_results, silence_the_kink
 
 EPS = 1e-5
@@ -30,26 +30,32 @@ def _maps(samples: int, layers: tuple[tuple[int, int], ...]) -> tuple[tuple[int,
     return tuple((samples, channels, side, side) for channels, side in layers)
 
 
-# On a CPU one layer of each size at batch 32, and at 256 three of the deeper ones: a step of torch's chain on
-# 256 x 256 x 56 x 56 takes seconds there.
-GRID: dict[str, tuple[tuple[int, ...], ...]] = {
-    "cpu": _maps(32, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)))
-    + _maps(256, ((256, 14), (1024, 14), (2048, 7))),
-    "cuda": _maps(32, RESNET_50) + _maps(256, RESNET_50),
-    "rehearsal": ((4, 16, 8, 8),),
-}
+def _grid(layers: tuple[tuple[int, ...], ...], relu: tuple[tuple[int, ...], ...]) -> tuple[Point, ...]:
+    """The layers alone and with what ends a block, and some of them with a ReLU only, as inside of one."""
+    chains = (("", layers), ("relu", relu), ("add+relu", layers))
+    return tuple(
+        point for layout in LAYOUTS for chain, shapes in chains for point in points(shapes, [layout], [chain])
+    )
+
+
 LAYOUTS = ("contiguous", "channels_last")
-CHAINS = ("", "add+relu")
+# One layer of each size at batch 32, and at 256 three of the deeper ones: on a CPU a step of torch's chain on
+# 256 x 256 x 56 x 56 takes seconds.
+_CHOSEN = _maps(32, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)))
+_CHOSEN += _maps(256, ((256, 14), (1024, 14), (2048, 7)))
+GRID = {
+    "cpu": _grid(_CHOSEN, _CHOSEN),
+    "cuda": _grid(_maps(32, RESNET_50) + _maps(256, RESNET_50), _CHOSEN),
+    "rehearsal": _grid(((4, 16, 8, 8),), ((4, 16, 8, 8),)),
+}
+HOST_CHAINS = ("", "add+relu")
 SECONDS = 3.0
 PEERS = ("no_cudnn", "timm")
 # Two values a channel, one plane, odd sizes on both sides of the vector widths, long planes, many channels, 2-D to 5-D.
 _FLAT = ((2, 8), (65, 17), (7, 129), (3, 40, 5), (1, 3, 257))
 _MAPS = ((2, 5, 1, 1), (3, 8, 7, 7), (2, 131, 5, 3), (2, 3, 150, 217), (16, 64, 14, 14), (2, 24, 3, 5, 7))
 _CHAINS = ("", "relu", "add+relu", "evaluation", "evaluation+add+relu")
-CHECKS = (
-    *((shape, "contiguous", chain) for shape in (*_FLAT, *_MAPS) for chain in _CHAINS),
-    *((shape, "channels_last", chain) for shape in _MAPS for chain in _CHAINS),
-)
+CHECKS = points((*_FLAT, *_MAPS), ["contiguous"], _CHAINS) + points(_MAPS, ["channels_last"], _CHAINS)
 
 # On a CPU plain PyTorch takes seconds, and many times the tensor's memory, beyond this.
 _REFERENCE_ELEMENTS = 2**22

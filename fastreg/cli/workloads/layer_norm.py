@@ -9,28 +9,25 @@ import torch
 
 from fastreg import functional
 from fastreg.cli.gate import Exact
-from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Problem
+from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Problem, points
 
 EPS = 1e-5
 
 # The CPU shapes run from a model's ordinary rows to a few very long ones. On a GPU every tensor has 2^26 elements, so
 # that the caches hold none of it and the launch is a small part of the time.
-GRID: dict[str, tuple[tuple[int, int], ...]] = {
-    "cpu": ((2048, 768), (8192, 1024), (512, 4096), (64, 65536)),
-    "cuda": tuple(
+GRID = {
+    "cpu": points(((2048, 768), (8192, 1024), (512, 4096), (64, 65536))),
+    "cuda": points(
         (2**26 // hidden_size, hidden_size)
         for hidden_size in (256, 512, 768, 1024, 2048, 4096, 8192, 16384, 65536)
     ),
-    "rehearsal": ((64, 256),),
+    "rehearsal": points([(64, 256)]),
 }
-LAYOUTS = CHAINS = ("",)
+HOST_CHAINS = ("",)
 SECONDS = 8.0
 PEERS = ("liger",)
 # Rows of one element, odd sizes on both sides of the vector widths, ordinary ones, and one longer than any chip's row.
-CHECKS = tuple(
-    (shape, "", "")
-    for shape in ((3, 1), (1, 17), (7, 127), (65, 257), (300, 768), (33, 1000), (2, 8193), (3, 65536))
-)
+CHECKS = points(((3, 1), (1, 17), (7, 127), (65, 257), (300, 768), (33, 1000), (2, 8193), (3, 65536)))
 
 # A stretch of rows in float64 that stays in a CPU's last cache level.
 _STRETCH = 2**19
