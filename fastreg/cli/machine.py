@@ -122,6 +122,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "triton": triton_version(),
             "liger": version_of("liger-kernel"),
+            "timm": version_of("timm"),
         },
         "commit": _commit(),
         "date": now.strftime("%Y-%m-%d"),
