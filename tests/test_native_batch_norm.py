@@ -46,7 +46,7 @@ def test_adjacent_small_planes(shape: tuple[int, ...], chain: str, element: torc
         check_case(BATCH_NORM, case)
 
 
-# Of 16 MiB or more: past the caches, where the lines or runs are whole cache lines, or one of the two is not.
+# Of 12 MiB or more: past the caches, where the lines or runs are whole cache lines, or one of the two is not.
 LARGE = {
     "runs": (size(16, 5408, 7, 7), F32, "contiguous"),
     "runs of 16-bit elements": (size(16, 2688, 14, 14), BF16, "contiguous"),

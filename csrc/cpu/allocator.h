@@ -18,7 +18,7 @@
 namespace fastreg {
 
 // From this size on an output does not stay in the caches: it is written past them, into a recycled block.
-constexpr int64_t large_output = int64_t{16} << 20;
+constexpr int64_t large_output = int64_t{12} << 20;
 
 // A fresh dense CPU tensor with these strides, uninitialised.
 Tensor new_output(const int64_t* sizes, const int64_t* strides, int64_t dimensions, DType dtype, Device device,

@@ -211,7 +211,7 @@ void finish_sums(const BatchNormGeometry& geometry, const BatchNormPartials& par
 
 // --- gradients of input and residual -----------------------------------------------------------------------
 
-template <GradientKind kind, bool centred, bool rows, int group, class Element>
+template <GradientKind kind, bool centred, bool rows, bool prefetches, int group, class Element>
 FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line, const Ahead& ahead) {
   using Scalar = Accumulator<Element>;
   using V = Vector<Scalar>;
@@ -224,7 +224,9 @@ FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line, cons
   constexpr int unroll = kind == GradientKind::smooth ? 1 : group == 1 ? 2 : vectors_per_step<Element>;
   map_columns<Scalar, unroll>(
       line.elements, [&](auto lanes, int64_t column, int k) {
-        gradients.prefetch(column, k);
+        if constexpr (prefetches) {
+          gradients.prefetch(column, k);
+        }
         const auto at = gradients.affine.at(lanes, column);
         const V slope = slopes.at(lanes, column);
         const V offset = offsets.at(lanes, column);
@@ -251,26 +253,35 @@ FASTREG_INLINE void gradient_lines(const BatchNorm& norm, const Line& line, cons
       });
 }
 
-// Two rows, as there are up to two outputs: with four of each, too many cache lines are half written at a time.
+// Of what goes past the caches two rows, as there are up to two outputs: with four of each, too many cache lines are
+// half written at a time.
 template <GradientKind kind>
-constexpr int rows_of_gradient = kind == GradientKind::smooth ? 1 : 2;
+constexpr int streamed_rows = kind == GradientKind::smooth ? 1 : 2;
 
 template <GradientKind kind, bool centred, bool rows, class Element>
 FASTREG_INLINE void gradient_tile(const BatchNorm& norm, const BatchNormTile& tile) {
   const Ahead ahead =
       rows ? Ahead::of<Element>(norm.geometry, tile) : Ahead::next_planes<Element>(norm.geometry, tile);
-  for_lines<rows, rows_of_gradient<kind>>(
-      norm.geometry, tile,
-      [&]<int group>(const Line& line) {
-        gradient_lines<kind, centred, rows, group, Element>(norm, line, ahead);
-      },
-      one_by_one<rows, Element>(norm));
+  const auto sweep = [&]<int most_rows, bool prefetches>() {
+    for_lines<rows, most_rows>(
+        norm.geometry, tile,
+        [&]<int group>(const Line& line) {
+          gradient_lines<kind, centred, rows, prefetches, group, Element>(norm, line, ahead);
+        },
+        one_by_one<rows, Element>(norm));
+  };
+  // Rows that do not go past the caches are not too large for the last of them, which the hardware reads well.
+  if (rows && !norm.streams) {
+    sweep.template operator()<group_for<kind>, false>();
+  } else {
+    sweep.template operator()<streamed_rows<kind>, true>();
+  }
 }
 
 template <GradientKind kind, bool centred, class Element>
 void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
   using Scalar = Accumulator<Element>;
-  constexpr int most_rows = rows_of_gradient<kind>;
+  constexpr int most_rows = streamed_rows<kind>;
   const int64_t spatial = norm.geometry.spatial;
   const Ahead next = Ahead::next_planes<Element>(norm.geometry, tile);
   Repeated<Scalar> scale;
@@ -290,7 +301,7 @@ void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
     if constexpr (kind == GradientKind::bits) {
       signs.from_planes(norm.geometry, tile, line.outer, group, norm.signs);
     }
-    gradient_lines<kind, centred, true, group, Element>(run, line, next);
+    gradient_lines<kind, centred, true, true, group, Element>(run, line, next);
   });
 }
 

@@ -24,7 +24,7 @@ constexpr int64_t bytes_per_run = 8192;
 constexpr int64_t bytes_per_group = int64_t{2} << 20;
 
 // What may lie in the last cache between the two sweeps.
-constexpr int64_t resident_bytes = large_output;
+constexpr int64_t resident_bytes = int64_t{16} << 20;
 
 struct Groups {
   int64_t channels;  // of a group
