@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 from bench.report import RESULTS, placed, table
 from fastreg.cli import machine
 
@@ -80,7 +82,7 @@ def measure() -> dict[str, Any]:
             [sys.executable, "-m", *command, f"--junitxml={report}"], check=True, cwd=RESULTS.parents[1]
         )
         records = measured(report)
-    taken_on = machine.describe(machine.torch.device("cpu"))
+    taken_on = machine.describe(torch.device("cpu"))
     return {
         "schema": 2,
         **{key: taken_on[key] for key in ("date", "commit", "versions")},

@@ -271,11 +271,12 @@ FASTREG_INLINE void gradient_tile(const BatchNorm& norm, const BatchNormTile& ti
         one_by_one<rows, Element>(norm));
   };
   // Rows that do not go past the caches are not too large for the last of them, which the hardware reads well.
-  if (rows && !norm.streams) {
-    sweep.template operator()<group_for<kind>, false>();
-  } else {
-    sweep.template operator()<streamed_rows<kind>, true>();
+  if constexpr (rows) {
+    if (!norm.streams) {
+      return sweep.template operator()<group_for<kind>, false>();
+    }
   }
+  sweep.template operator()<streamed_rows<kind>, true>();
 }
 
 template <GradientKind kind, bool centred, class Element>
