@@ -140,6 +140,20 @@ def placed(text: str, tables: str, start: str = BEGIN, stop: str = END) -> str:
     return f"{before}{start}\n\n{tables}\n{stop}{after if end else rest}"
 
 
+def place(
+    path: Path, tables: str, command: str, only_check: bool, start: str = BEGIN, stop: str = END
+) -> int:
+    """Put the tables into a file, or only compare them with what it has; the exit code, 1 where they differ."""
+    text = path.read_text()
+    expected = placed(text, tables, start, stop)
+    if not only_check:
+        path.write_text(expected)
+    elif expected != text:
+        print(f"{path} is not what the results say: {command} --readme {path}")
+        return 1
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print, place or check the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
@@ -148,17 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", type=Path, help="compare this file's tables with the results")
     chosen = parser.parse_args(arguments)
     tables = render(chosen.results, chosen.results.resolve().parents[1])
-    if chosen.check:
-        text = chosen.check.read_text()
-        if placed(text, tables) != text:
-            print(
-                f"{chosen.check} is not what the results say: python -m bench.report --readme {chosen.check}"
-            )
-            return 1
-    elif chosen.readme:
-        chosen.readme.write_text(placed(chosen.readme.read_text(), tables))
-    else:
-        print(tables)
+    if chosen.check or chosen.readme:
+        return place(chosen.check or chosen.readme, tables, parser.prog, chosen.readme is None)
+    print(tables)
     return 0
 
 

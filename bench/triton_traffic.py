@@ -20,8 +20,9 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench.report import RESULTS, placed, table
+from bench.report import RESULTS, place, table
 from fastreg.cli import machine
+from fastreg.cli.bench import as_text
 
 BEGIN = "<!-- triton traffic -->"
 END = "<!-- /triton traffic: python -m bench.triton_traffic --readme README.md -->"
@@ -66,20 +67,13 @@ def measured(report: Path) -> list[dict[str, Any]]:
 
 def measure() -> dict[str, Any]:
     """Run the tests and collect what they count."""
-    command = [
-        "pytest",
-        *TESTS,
-        "--backend",
-        "triton",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "junit_logging=system-out",
-    ]
+    options = ["--backend", "triton", "-p", "no:cacheprovider", "-o", "junit_logging=system-out"]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(
-            [sys.executable, "-m", *command, f"--junitxml={report}"], check=True, cwd=RESULTS.parents[1]
+            [sys.executable, "-m", "pytest", *TESTS, *options, f"--junitxml={report}"],
+            check=True,
+            cwd=RESULTS.parents[1],
         )
         records = measured(report)
     taken_on = machine.describe(torch.device("cpu"))
@@ -90,15 +84,6 @@ def measure() -> dict[str, Any]:
         "command": "python -m bench.triton_traffic",
         "cases": records,
     }
-
-
-def as_text(document: dict[str, Any]) -> str:
-    """JSON with a line for each case."""
-    lines = ",\n  ".join(json.dumps(record) for record in document["cases"])
-    return (
-        json.dumps({**document, "cases": 0}, indent=1).replace('"cases": 0', f'"cases": [\n  {lines}\n ]')
-        + "\n"
-    )
 
 
 def render(document: dict[str, Any]) -> str:
@@ -131,14 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if readme is None:
         chosen.results.write_text(as_text(measure()))
         return 0
-    text = readme.read_text()
-    expected = placed(text, render(json.loads(chosen.results.read_text())), BEGIN, END)
-    if chosen.readme:
-        readme.write_text(expected)
-    elif expected != text:
-        print(f"{readme} is not what the results say: python -m bench.triton_traffic --readme {readme}")
-        return 1
-    return 0
+    tables = render(json.loads(chosen.results.read_text()))
+    return place(readme, tables, parser.prog, chosen.readme is None, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import bench.static_evidence as package
-from bench.report import placed
+from bench.report import place
 from bench.static_evidence import RESULTS, cuda_kernels, report, triton_kernels
 from bench.static_evidence.comparison import INTENDED, complaints
 from bench.static_evidence.record import ImpossibleLaunch, Table, read, write
@@ -61,15 +61,8 @@ def _check(results: Path) -> int:
 
 
 def _readme(path: Path, results: Path, only_check: bool) -> int:
-    text = path.read_text()
     tables = report.render(read(results / "cuda.json"), read(results / "triton.json"))
-    expected = placed(text, tables, report.BEGIN, report.END)
-    if not only_check:
-        path.write_text(expected)
-    elif expected != text:
-        print(f"{path} is not what the tables say: python -m bench.static_evidence --readme {path}")
-        return 1
-    return 0
+    return place(path, tables, "python -m bench.static_evidence", only_check, report.BEGIN, report.END)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
