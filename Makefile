@@ -30,10 +30,12 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
 
 BACKENDS := reference triton native cuda_sim
+# What `make test` runs, the longest first.
+TESTED := reference triton oldest_triton native cuda_sim
 OLDEST_TRITON := $(shell sed -n 's/^triton==//p' requirements/oldest_triton.txt)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test bench gpu native native-cpu native-cuda wheel lint clean $(BACKENDS:%=test-%) test-oldest_triton
+.PHONY: demo test bench gpu native native-cpu native-cuda wheel lint clean $(TESTED:%=test-%)
 
 # --- set-up ----------------------------------------------------------------------------------------------------------
 
@@ -90,7 +92,7 @@ bench: $(USABLE)
 test: native-cuda $(VENV)/oldest_triton.txt
 	@echo "testing the backends $(BACKENDS), and Triton $(OLDEST_TRITON): some minutes; the output of each follows when" \
 	  "it is done"
-	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(BACKENDS:%=test-%) test-oldest_triton
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(TESTED:%=test-%)
 
 $(BACKENDS:%=test-%): test-%: native-cuda
 	$(BIN)/python -m pytest tests --backend $* --durations 5 --junit-xml build/tests/$*.xml
