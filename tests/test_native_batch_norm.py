@@ -51,9 +51,9 @@ LARGE = {
     "runs": (size(16, 5408, 7, 7), F32, "contiguous"),
     "runs of 16-bit elements": (size(16, 2688, 14, 14), BF16, "contiguous"),
     "runs that are not aligned": (size(65, 1301, 7, 8), F32, "contiguous"),
-    "planes": (size(4, 24, 224, 224), F32, "contiguous"),
+    "planes": (size(3, 24, 224, 224), F32, "contiguous"),
     "odd planes": (size(4, 25, 213, 211), F32, "contiguous"),
-    "rows": (size(4, 512, 46, 46), F32, "channels_last"),
+    "rows": (size(3, 512, 46, 46), F32, "channels_last"),
     "rows of 16-bit elements": (size(4, 544, 63, 64), BF16, "channels_last"),
     "odd rows": (size(4, 513, 46, 46), F32, "channels_last"),
 }
