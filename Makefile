@@ -10,28 +10,31 @@
 #   make lint      ruff and mypy
 #   make clean     remove what was built (.venv stays)
 #
-# Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS.
-# `make gpu` also takes STAGE (tests, sanitize, bench or bench_batch_norm; all if not given), OUT (where results go),
-# LIMIT (seconds a stage), DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all), PROCESSES (at a
-# time), SANITIZER (its path), BUILD=no, COMMIT (where there is no git), WORK (instead of build/gpu).
+# Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS,
+# COMPLETE (yes: `make test` leaves out nothing of what the README lists).
+# `make gpu` also takes STAGE (tests, sanitize, bench, bench_batch_norm or bench_group_norm; all if not given), OUT (where
+# results go), LIMIT (seconds a stage), DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all),
+# PROCESSES (at a time), SANITIZER (its path), BUILD=no, COMMIT (where there is no git), WORK (instead of build/gpu).
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # The architecture of this machine's GPU. Without one nothing runs the kernels, but all four must compile without spills.
+# A complete run compares the kernels of all four.
 GPU_ARCHITECTURE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
   | grep -E '^[0-9]+\.[0-9]+$$' | head -1 | tr -d .)
-CUDA_ARCHITECTURES ?= $(or $(GPU_ARCHITECTURE),80;90;100;120)
+CUDA_ARCHITECTURES ?= $(or $(if $(COMPLETE),,$(GPU_ARCHITECTURE)),80;90;100;120)
 
 BIN := $(VENV)/bin
 CMAKE := $(BIN)/cmake
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+# Python compiles what it imports, a fraction of what is installed.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 # NVIDIA's compiler from PyPI, where there is none.
 NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
 
 BACKENDS := reference triton native cuda_sim
-# What `make test` runs, the longest first.
-TESTED := reference triton oldest_triton native cuda_sim
+# What `make test` runs, the longest first: the short ones at the end leave neither of the two waiting for the other.
+TESTED := reference triton native cuda_sim oldest_triton oldest_triton_compiled
 OLDEST_TRITON := $(shell sed -n 's/^triton==//p' requirements/oldest_triton.txt)
 
 .DELETE_ON_ERROR:
@@ -89,25 +92,31 @@ bench: $(USABLE)
 
 # One run for each backend, the longest first, two at a time; what does not depend on a backend is tested with the
 # reference. A part's output is shown when it ends, and all parts run even if one fails.
+# PASSIVE: torch's idle threads would spin, on the processor that the other part needs, for a third of the time.
+TEST = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(if $(COMPLETE),--complete)
 test: native-cuda $(VENV)/oldest_triton.txt
 	@echo "testing the backends $(BACKENDS), and Triton $(OLDEST_TRITON): some minutes; the output of each follows when" \
 	  "it is done"
 	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target $(TESTED:%=test-%)
 
 $(BACKENDS:%=test-%): test-%: native-cuda
-	$(BIN)/python -m pytest tests --backend $* --durations 5 --junit-xml build/tests/$*.xml
+	$(TEST) tests --backend $* --durations 5 --junit-xml build/tests/$*.xml
 	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
 
-# Triton's kernels once more, interpreted and compiled by the oldest Triton: the op suites, which run every kernel, since
-# what lies above the kernels knows no version of Triton. --triton: by that one and no other.
-OP_SUITES := tests/test_batch_norm.py tests/test_layer_norm.py tests/test_rms_norm.py tests/test_conformance.py
-WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(BIN)/python -m pytest --triton $(OLDEST_TRITON)
+# Triton's kernels once more, interpreted and compiled by the oldest Triton: of the op suites, since what lies above the
+# kernels knows no version of Triton, every fourth test, and all of them in a complete run. Either has to run every kernel.
+# --triton: by that one and no other.
+OP_SUITES := $(shell grep -lE '^class Test\w+\(\w+Suite\)' tests/test_*.py) tests/test_conformance.py
+WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(TEST) --triton $(OLDEST_TRITON)
 
 test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
-	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton --junit-xml build/tests/$@.xml
+	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/4) --every-kernel \
+	  --junit-xml build/tests/$@.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest build/tests/$@.xml
-	$(WITH_OLDEST_TRITON) tests/test_triton*_compile.py tests/test_triton*_launch.py --junit-xml build/tests/$@-compiled.xml
-	@$(BIN)/python .ci/check_report.py triton-oldest-compiled build/tests/$@-compiled.xml
+
+test-oldest_triton_compiled: native-cuda $(VENV)/oldest_triton.txt
+	$(WITH_OLDEST_TRITON) tests/test_triton*_compile.py tests/test_triton*_launch.py --junit-xml build/tests/$@.xml
+	@$(BIN)/python .ci/check_report.py triton-oldest-compiled build/tests/$@.xml
 
 # The machine's own Python, torch, nvcc, cmake and ninja; no virtual environment, no network. bench/gpu says what it does.
 gpu: export FASTREG_COMMIT := $(COMMIT)

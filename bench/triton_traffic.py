@@ -26,7 +26,11 @@ from fastreg.cli.bench import as_text
 
 BEGIN = "<!-- triton traffic -->"
 END = "<!-- /triton traffic: python -m bench.triton_traffic --readme README.md -->"
-TESTS = ("tests/test_triton_traffic.py", "tests/test_triton_batch_norm_traffic.py")
+TESTS = (
+    "tests/test_triton_traffic.py",
+    "tests/test_triton_batch_norm_traffic.py",
+    "tests/test_triton_group_norm_traffic.py",
+)
 _PRINTED = re.compile(r"bytes over the minimum: ([\d.]+)(?:; ([a-z ]+): ([\d.]+) minimums)?")
 
 # A test of these files -> what its cases are in the README. A test that prints a figure and is not here is an error.
@@ -41,6 +45,8 @@ CALLS = {
     "test_backward_reads_twice_or_once": "batch norm in training, backward",
     "test_a_rounded_gradient_of_the_residual_is_not_read_again": "the same with SiLU after a residual",
     "test_backward_of_constant_statistics_reads_once": "batch norm in evaluation, backward",
+    "test_groups_are_read_twice_or_once": "group and instance norm, forward",
+    "test_backward_of_groups_reads_twice_or_once": "group and instance norm, backward",
 }
 
 

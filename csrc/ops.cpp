@@ -41,6 +41,15 @@ STABLE_TORCH_LIBRARY(fastreg_native, m) {
       "batch_norm_bwd_apply(Tensor grad_output, Tensor input, Tensor? residual, Tensor? signs, Tensor "
       "statistics, Tensor? weight, Tensor? bias, Tensor? means, int activation, float negative_slope, bool[2] "
       "output_mask) -> (Tensor, Tensor)");
+  m.def(
+      "group_norm_fwd(Tensor input, int groups, Tensor? weight, Tensor? bias, float eps, int activation, float "
+      "negative_slope) -> (Tensor, Tensor)");
+  m.def(
+      "group_norm_bwd(Tensor grad_output, Tensor input, int groups, Tensor statistics, Tensor? weight, Tensor? "
+      "bias, int activation, float negative_slope, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "instance_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? "
+      "running_var, float momentum, float eps, int activation, float negative_slope) -> (Tensor, Tensor)");
   m.def("simd() -> str");
   m.def("set_simd(str name) -> ()");
   m.def("empty_cache() -> ()");

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastreg import nn
@@ -26,8 +26,12 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.BatchNorm2d: nn.BatchNorm2d,
     torch.nn.BatchNorm3d: nn.BatchNorm3d,
     torch.nn.SyncBatchNorm: SyncBatchNorm,
+    torch.nn.GroupNorm: nn.GroupNorm,
+    torch.nn.InstanceNorm1d: nn.InstanceNorm1d,
+    torch.nn.InstanceNorm2d: nn.InstanceNorm2d,
+    torch.nn.InstanceNorm3d: nn.InstanceNorm3d,
 }
-_OURS = frozenset((*_REPLACEMENTS.values(), nn.BatchNormAct2d, SyncBatchNormAct2d))
+_OURS = frozenset((*_REPLACEMENTS.values(), nn.BatchNormAct2d, SyncBatchNormAct2d, nn.GroupNormAct))
 
 _SYNCHRONISED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     **dict.fromkeys(
@@ -129,17 +133,18 @@ def convert(
     dict keys, optimisers that hold its parameters and references from elsewhere all stay as they are. Numbers change by
     no more than the rounding of the dtype. ``revert(model)`` undoes it.
 
-    Replaced are ``torch.nn.LayerNorm``, ``RMSNorm``, ``BatchNorm1d``, ``BatchNorm2d``, ``BatchNorm3d`` and
-    ``SyncBatchNorm``, torchvision's ``LayerNorm2d`` and ``FrozenBatchNorm2d``, and timm's ``LayerNorm``,
-    ``LayerNorm2d``, ``RmsNorm``, ``RmsNorm2d``, ``BatchNormAct2d`` and ``SyncBatchNormAct``: exactly these types, since
-    a subclass may compute something else.
+    Replaced are ``torch.nn.LayerNorm``, ``RMSNorm``, ``GroupNorm``, ``BatchNorm1d``, ``BatchNorm2d``, ``BatchNorm3d``,
+    ``SyncBatchNorm``, ``InstanceNorm1d``, ``InstanceNorm2d`` and ``InstanceNorm3d``, torchvision's ``LayerNorm2d`` and
+    ``FrozenBatchNorm2d``, and timm's ``LayerNorm``, ``LayerNorm2d``, ``RmsNorm``, ``RmsNorm2d``, ``GroupNorm``,
+    ``GroupNorm1``, ``BatchNormAct2d``, ``SyncBatchNormAct``, ``GroupNormAct`` and ``GroupNorm1Act``: exactly these
+    types, since a subclass may compute something else.
 
-    With ``fuse=True`` a batch norm runs in one kernel with the addition and the activation behind it, wherever
-    ``torch.fx`` shows them. The module whose forward calls them gets a class derived from its own, with a new forward;
-    the norm, the activation and all names stay. A hook that is registered later on the norm or the activation, an
-    argument that is not a tensor, or a residual of another shape or dtype is noticed in the call, which then runs what
-    the model has; a forward that does what a graph does not show (a ``with`` block, say) is not touched. Revert such a
-    model before ``torch.jit.script``.
+    With ``fuse=True`` a batch norm runs in one kernel with the addition and the activation behind it, and a group or
+    instance norm with the activation behind it, wherever ``torch.fx`` shows them. The module whose forward calls them
+    gets a class derived from its own, with a new forward; the norm, the activation and all names stay. A hook that is
+    registered later on the norm or the activation, an argument that is not a tensor, or a residual of another shape or
+    dtype is noticed in the call, which then runs what the model has; a forward that does what a graph does not show (a
+    ``with`` block, say) is not touched. Revert such a model before ``torch.jit.script``.
 
     Args:
         model: any module; it may itself be a layer that is replaced.
@@ -242,7 +247,7 @@ def _why_unknown(module: torch.nn.Module) -> str | None:
         known_names = {known.__name__ for known in _REPLACEMENTS}
         scripted = getattr(module, "original_name", "") in known_names
         return "scripted: convert before torch.jit.script" if scripted else None
-    if isinstance(module, _BatchNorm) and isinstance(module, LazyModuleMixin):
+    if isinstance(module, _NormBase) and isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
     for known in _REPLACEMENTS:
         if isinstance(module, known):

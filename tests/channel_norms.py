@@ -1,4 +1,4 @@
-"""The spec of the norms over channels, batch_norm: sizes, dtypes, layouts, and exact values with their budgets."""
+"""The spec of batch_norm, and the exact values of every norm over channels with their budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from activations import NAMES, activation
 from cases import CHANNEL_LAYOUTS, Case, Mix, Size
 from criterion import ROUNDINGS, Exact
 from fastreg import _activations, _channels
-from fastreg.ops.batch_norm import contiguous, laid_out
+from fastreg.ops._layout import contiguous, in_some_family
+from fastreg.ops.batch_norm import laid_out
 from suite import OpSpec, Tensors
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -63,12 +64,15 @@ def number_of(case: Case) -> int:
 
 
 def wide(tensor: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor:
-    """In float64, as (samples, channels, spatial) or (1, channels, 1); a tensor that is not given is none."""
+    """In float64, viewed in the given shape; a tensor that is not given is none."""
     return torch.empty(0) if tensor is None else tensor.detach().cpu().to(F64).reshape(shape)
 
 
-def exact_values(case: Case, tensors: Tensors) -> dict[str, Exact]:
+def exact_values(case: Case, tensors: Tensors, groups: int | None = None) -> dict[str, Exact]:
     """Exact values in float64, and the sums of absolute terms that budget their roundings.
+
+    Statistics are of a channel in all samples, or with ``groups`` of that many groups of channels in each sample. All
+    is seen as (samples, groups, channels of a group, spatial).
 
     ``shift`` budgets the mean in units of the normalised value, as for the norms over rows. What the activation is
     applied to, z, may be off by ``reach``; what that does to the activation and its derivative is seen by evaluating
@@ -79,14 +83,18 @@ def exact_values(case: Case, tensors: Tensors) -> dict[str, Exact]:
     assert input is not None
     shape, saved = tuple(input.shape), F64 if input.dtype == F64 else F32
     unit = 2.0**-52 if saved == F64 else 2.0**-24
-    planes, vectors = (shape[0], shape[1], math.prod(shape[2:])), (1, shape[1], 1)
-    dimensions, count = (0, 2), shape[0] * math.prod(shape[2:])
+    parts = groups or shape[1]
+    planes = (shape[0], parts, shape[1] // parts, math.prod(shape[2:]))
+    vectors = (1, *planes[1:3], 1)
+    dimensions = (0, 2, 3) if groups is None else (2, 3)
+    count = math.prod(planes[dimension] for dimension in dimensions)
     x, dy = wide(input, planes), wide(tensors["grad_output"], planes)
-    weight, bias, residual = tensors["weight"], tensors["bias"], tensors["residual"]
+    weight, bias, residual = tensors["weight"], tensors["bias"], tensors.get("residual")
     scale = torch.ones(vectors, dtype=F64) if weight is None else wide(weight, vectors)
-    running = {name: wide(tensors[name], vectors) for name in ("running_mean", "running_var")}
+    running = {name: wide(tensors.get(name), vectors) for name in ("running_mean", "running_var")}
 
-    if options["training"]:
+    from_input = groups is not None or options["training"]
+    if from_input:
         mean, summed = x.mean(dimensions, keepdim=True), x.abs().mean(dimensions, keepdim=True)
         variance = (x - mean).square().mean(dimensions, keepdim=True)
     else:
@@ -115,49 +123,50 @@ def exact_values(case: Case, tensors: Tensors) -> dict[str, Exact]:
     output, output_terms = act.value(z), act.value_terms(z) + moved(act.value)
     dz, dz_terms = dy * act.slope(z), dy.abs() * (act.slope_terms(z) + moved(act.slope))
 
-    def over_channels(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.sum(dimensions, keepdim=True)
-
-    sums = over_channels(dz), over_channels(dz * normalized)
-    terms = over_channels(dz_terms), over_channels(dz_terms * normalized_terms)
-    grad_input, grad_terms = dz, dz_terms
-    if options["training"]:
-        average, projection = (each / count for each in sums)
-        average_terms, projection_terms = (each / count for each in terms)
-        grad_input = dz - average - normalized * projection
-        grad_terms = dz_terms + average_terms + normalized.abs() * projection_terms + shift * projection.abs()
+    # The gradient of the normalised value, before what the statistics give back.
+    grad_input, grad_terms = dz * scale, dz_terms * scale.abs()
+    if from_input:
+        means = (
+            each.sum(dimensions, keepdim=True) / count
+            for each in (grad_input, grad_input * normalized, grad_terms, grad_terms * normalized_terms)
+        )
+        average, projection, average_terms, projection_terms = means
+        grad_input = grad_input - average - normalized * projection
+        grad_terms = (
+            grad_terms + average_terms + normalized.abs() * projection_terms + shift * projection.abs()
+        )
         # Where all is constant, the product of both errors is all there is.
         grad_terms = grad_terms + ROUNDINGS * unit * shift * projection_terms + merged * grad_input.abs()
 
-    dtype = case.mix.input
+    dtype, of_groups = case.mix.input, (shape[1],) if groups is None else planes[:2]
     exact = {
         "output": Exact(output.reshape(shape), output_terms.reshape(shape), dtype),
-        "mean": Exact(mean.flatten(), summed.flatten(), saved),
-        "rstd": Exact(rstd.flatten(), (rstd * (1 + merged)).flatten(), saved),
-        "signs": _signs(case, tensors, z.reshape(shape), reach.reshape(shape)),
-        "grad_input": Exact(
-            (grad_input * scale * rstd).reshape(shape),
-            (grad_terms * scale.abs() * rstd).reshape(shape),
-            dtype,
-        ),
+        "mean": Exact(mean.reshape(of_groups), summed.reshape(of_groups), saved),
+        "rstd": Exact(rstd.reshape(of_groups), (rstd * (1 + merged)).reshape(of_groups), saved),
+        "grad_input": Exact((grad_input * rstd).reshape(shape), (grad_terms * rstd).reshape(shape), dtype),
     }
+    if groups is None:
+        exact["signs"] = _signs(case, tensors, z.reshape(shape), reach.reshape(shape))
     if residual is not None:
         exact["grad_residual"] = Exact(dz.reshape(shape), dz_terms.reshape(shape), residual.dtype)
-    for name, parameter, total, total_terms in zip(
-        ("bias", "weight"), (bias, weight), sums, terms, strict=True
+    for name, parameter, terms, sizes in (
+        ("bias", bias, dz, dz_terms),
+        ("weight", weight, dz * normalized, dz_terms * normalized_terms),
     ):
         if parameter is not None:
-            exact[f"grad_{name}"] = Exact(total.flatten(), total_terms.flatten(), parameter.dtype)
+            sums = (each.sum((0, 3)).flatten() for each in (terms, sizes))
+            exact[f"grad_{name}"] = Exact(*sums, parameter.dtype)
     unbiased = variance * count / max(count - 1, 1)
-    batch = {
+    current = {
         "running_mean": (mean, summed),
         "running_var": (unbiased, unbiased * (1 + shift / 4) + 8 * unit * summed.square()),
     }
-    for name, (value, value_terms) in batch.items():
-        buffer = tensors[name]
+    for name, values in current.items():
+        buffer = tensors.get(name)
         if buffer is None:
             continue
-        share = options["momentum"] if options["training"] else 0.0
+        share = options["momentum"] if from_input else 0.0
+        value, value_terms = (each.mean(0, keepdim=True) for each in values)
         exact[name] = Exact(
             ((1 - share) * running[name] + share * value).flatten(),
             (abs(1 - share) * running[name].abs() + abs(share) * value_terms).flatten(),
@@ -186,9 +195,9 @@ def _signs(case: Case, tensors: Tensors, z: torch.Tensor, reach: torch.Tensor) -
 
 def is_rows(tensors: Tensors) -> bool:
     """Whether the operators see the input as rows of channels."""
-    input, residual = tensors["input"], tensors["residual"]
+    input = tensors["input"]
     assert input is not None
-    return _channels.family(laid_out(input, residual)[0])
+    return _channels.family(in_some_family(input))
 
 
 def _padded(values: torch.Tensor, rows: bool) -> torch.Tensor:
@@ -253,7 +262,7 @@ def _over_the_last_dimension(
     return output.movedim(1, -1)  # type: ignore[no-any-return]
 
 
-def _laid_out(name: str, result: torch.Tensor, tensors: Tensors) -> bool:
+def in_its_family(name: str, result: torch.Tensor, tensors: Tensors) -> bool:
     if name not in ("output", "grad_input"):
         return True
     return result.stride() == _channels.dense_strides(result.shape, is_rows(tensors))
@@ -314,8 +323,8 @@ BATCH_NORM = OpSpec(
         ("residual",),
         (),
     ),
-    direction=lambda case: "fwd" if options_of(case)["training"] else "eval",
+    forward_operator=lambda case: "batch_norm_fwd" if options_of(case)["training"] else "batch_norm_eval",
     passed_on=lambda case: () if number_of(case) else ("residual",),
-    laid_out=_laid_out,
+    laid_out=in_its_family,
     sensible=_sensible,
 )

@@ -9,8 +9,12 @@
 marked ``backend_independent`` runs under ``--backend reference`` only. What does not belong to an invocation is
 deselected or never generated; a skip is always a missing part of the machine, and the last lines count them by reason.
 
-``--shard 2/8`` runs every eighth test, and ``--journal FILE`` writes a line as each test starts and ends, so that
-whoever kills a run that hangs knows how far it got; tests that the file already holds are not run again (journal.py).
+Triton's shapes are compiled for one architecture each, by turns, and every kernel for all of them; with ``--complete``
+every shape for all. What is left out is deselected, and counted in the last lines.
+
+``--shard 2/8`` runs every eighth test, and with ``--every-kernel`` it has to reach all Triton kernels all the same.
+``--journal FILE`` writes a line as each test starts and ends, so that whoever kills a run that hangs knows how far it
+got; tests that the file already holds are not run again (journal.py).
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from journal import Journal
 
 # What a test with offsets beyond 2^31 elements leaves with torch's allocator, other processes on the GPU may need.
 _MUCH_MEMORY = 2**30
+_LEFT_OUT = pytest.StashKey[int]()
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -49,6 +54,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--triton", default=None, help="refuse to run with another version of Triton")
     group.addoption("--shard", type=_shard, default=(1, 1), help="2/8: of every eight tests the second")
+    group.addoption("--complete", action="store_true", help="compile all that is otherwise compiled by turns")
+    group.addoption(
+        "--every-kernel", action="store_true", help="fail unless all Triton kernels are interpreted"
+    )
     group.addoption("--journal", type=Path, default=None, help="write the tests' results there as they come")
 
 
@@ -77,6 +86,14 @@ def pytest_configure(config: pytest.Config) -> None:
         import triton_interpreter
 
         triton_interpreter.install()
+    if config.getoption("--every-kernel"):
+        if backend != "triton" or device != "cpu":
+            raise pytest.UsageError(
+                "--every-kernel is about Triton's interpreter: --backend triton --device cpu"
+            )
+        from interpreted_kernels import InterpretedKernels
+
+        config.pluginmanager.register(InterpretedKernels())
     expected = config.getoption("--triton")
     if expected is not None and triton_in_use()[0] != expected:
         found, folder = triton_in_use()
@@ -165,11 +182,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for name, value in marker.kwargs.items()
         )
 
-    chosen = [item for item in items if belongs(item)][part - 1 :: parts]
+    chosen = [item for item in items if belongs(item)]
+    if not config.getoption("--complete"):
+        left_out = {item for item in chosen if _left_to_complete(item)}
+        chosen = [item for item in chosen if item not in left_out]
+        config.stash[_LEFT_OUT] = len(left_out)
+    chosen = chosen[part - 1 :: parts]
     if len(chosen) < len(items):
         kept = set(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = chosen
+
+
+def _left_to_complete(item: pytest.Item) -> bool:
+    """Whether this is about a shape compiled for an architecture that is not the shape's turn."""
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    shapes = [each for each in given.values() if hasattr(each, "launches")]
+    if not shapes or "architecture" not in given:
+        return False
+    from bench.static_evidence.triton_kernels import compilations_left_out
+
+    return (shapes[0], given["architecture"]) in compilations_left_out()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -180,6 +213,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     )
     if "triton" in sys.modules:
         terminalreporter.write_line("fastreg: with Triton {} from {}".format(*triton_in_use()))
+    if left_out := terminalreporter.config.stash.get(_LEFT_OUT, 0):
+        terminalreporter.write_line(f"fastreg: {left_out} compilations of Triton kernels left to --complete")
     terminalreporter.write_line(f"fastreg: {sum(reasons.values())} skipped")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"fastreg: {count} skipped: {reason}")

@@ -100,9 +100,12 @@ def _check_signed_error(name: str, error: torch.Tensor, exact: Exact) -> None:
     ulp = limits.eps * torch.exp2(torch.floor(torch.log2(size)))
     counted = (size > limits.smallest_normal) & (size < limits.max / 2)
     counted &= ROUNDINGS * 2.0**-24 * exact.terms.expand_as(ulp) < 0.1 * ulp
+    sample = size[counted][:_LARGEST_SAMPLE]
     # Equal significands (rows of an expanded input, powers of two apart) round alike and count as one draw.
-    draws = torch.unique(torch.frexp(size[counted][:_LARGEST_SAMPLE]).mantissa).numel()
-    if draws < _MINIMUM_SAMPLE:
+    draws = torch.unique(torch.frexp(sample).mantissa).numel()
+    # So do values that crowd between a few neighbours of the dtype: two elements, normalised, are -1 and 1 but for eps.
+    rounded = torch.unique(sample.to(exact.dtype)).numel()
+    if min(draws, rounded) < _MINIMUM_SAMPLE:
         return
     signed = error[counted] / ulp[counted]
     limit = 0.2 + 6 * 0.29 / math.sqrt(draws)

@@ -39,7 +39,7 @@ class OpSpec:
         exact: the exact values of "output", of the parts of what the operator saves for backward, of the buffers
             afterwards, and of "grad_<name>" for the input, each companion and each parameter.
         forward: (case, tensors) to the arguments of the forward operator, laid out as that operator requires.
-        backward: (case, tensors, saved) to the arguments of ``fastreg::<name>_bwd`` without the mask.
+        backward: (case, tensors, saved) to the arguments of the backward operator without the mask.
         split_saved: what was saved as the parts that ``exact`` describes, by name.
         size: (rows, columns) to a two-dimensional size with columns parameters.
         call: (function, input, parameters in order, options) to the function over the input's last dimension.
@@ -47,7 +47,9 @@ class OpSpec:
         buffers: tensors shaped as a parameter that a forward may change.
         layouts: the layouts that ``cases`` covers.
         wanted: the sets of gradients that ``cases`` covers; all if None.
-        direction: (case) to the suffix of the forward operator's name.
+        forward_operator: (case) to the forward operator's name; ``<name>_fwd`` if None.
+        backward_operator: the backward operator's name; ``<name>_bwd`` if None.
+        spared: pairs of factors whose levels meet in ``cases`` by chance only.
         passed_on: (case) to the tensors whose gradient is grad_output itself, which no operator is asked for.
         laid_out: (name, result, tensors) to whether a result lies in memory as it must.
         sensible: a case to the nearest one that means something.
@@ -69,7 +71,9 @@ class OpSpec:
     buffers: tuple[str, ...] = ()
     layouts: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=lambda: LAYOUTS)
     wanted: Sequence[tuple[str, ...]] | None = None
-    direction: Callable[[Case], str] = lambda case: "fwd"
+    forward_operator: Callable[[Case], str] | None = None
+    backward_operator: str | None = None
+    spared: Collection[tuple[str, str]] = ()
     passed_on: Callable[[Case], Collection[str]] = lambda case: ()
     laid_out: Callable[[str, torch.Tensor, Tensors], bool] = _contiguous
     sensible: Callable[[Case], Case] = lambda case: case
@@ -85,6 +89,11 @@ class OpSpec:
     @property
     def differentiable(self) -> tuple[str, ...]:
         return ("input", *self.companions, *self.parameters)
+
+    def operators(self, case: Case) -> tuple[str, str]:
+        """The names of the operators of a case, forward and backward."""
+        forward = f"{self.name}_fwd" if self.forward_operator is None else self.forward_operator(case)
+        return forward, self.backward_operator or f"{self.name}_bwd"
 
     def mix(self, dtype: torch.dtype) -> Mix:
         """One dtype for everything."""
@@ -119,7 +128,7 @@ def cases(spec: OpSpec, sparse: bool = False) -> list[Case]:
     if spec.companions:
         factors["companion_layout"] = input_layouts
         by_chance.append(("size", "companion_layout"))
-    choices = covering(factors, apart=by_chance if sparse else ())
+    choices = covering(factors, apart=[*spec.spared, *(by_chance if sparse else ())])
     chosen = [
         spec.sensible(Case(**{**choice, "arguments": {**choice["size"].arguments, **choice["arguments"]}}))
         for choice in choices
@@ -209,8 +218,7 @@ def run_operators(spec: OpSpec, case: Case, tensors: Tensors) -> tuple[dict[str,
 
     That is one tensor, or a list of them if the forward operator returns more than one beside the output.
     """
-    namespace = torch.ops.fastreg
-    forward = getattr(namespace, f"{spec.name}_{spec.direction(case)}")
+    forward, backward = (getattr(torch.ops.fastreg, name) for name in spec.operators(case))
     buffers = {name: buffer.contiguous() for name in spec.buffers if (buffer := tensors[name]) is not None}
     given: Tensors = {**tensors, **buffers}
     with buffers_restored(spec, given) as after:
@@ -220,7 +228,7 @@ def run_operators(spec: OpSpec, case: Case, tensors: Tensors) -> tuple[dict[str,
     wanted, passed_on = wanted_names(case, tensors), spec.passed_on(case)
     results.update({f"grad_{name}": tensors["grad_output"] for name in passed_on if name in wanted})  # type: ignore[misc]
     mask = [name in wanted and name not in passed_on for name in spec.differentiable]
-    gradients = getattr(namespace, f"{spec.name}_bwd")(*spec.backward(case, tensors, saved), mask)
+    gradients = backward(*spec.backward(case, tensors, saved), mask)
     for name, asked, gradient in zip(spec.differentiable, mask, gradients, strict=True):
         if asked:
             results[f"grad_{name}"] = gradient

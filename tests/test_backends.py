@@ -14,11 +14,9 @@ import pytest
 import torch
 
 import fastreg
-from channel_norms import BATCH_NORM
 from fastreg import backends
-from mutants.right import RightNorm
-from mutants.right_batch_norm import RightBatchNorm
-from specs import SPECS
+from mutants.rights import RIGHTS
+from specs import OWN_WAYS, SPECS
 from suite import OpSpec, make_tensors, plain_case, run
 
 pytestmark = pytest.mark.backend_independent
@@ -28,7 +26,7 @@ class Recorder:
     """A right backend that notes which of its operators ran, with the mask of a backward."""
 
     def __init__(self, op: str, calls: list[tuple[str, Any]]) -> None:
-        self.right = RightBatchNorm(op) if op == BATCH_NORM.name else RightNorm(op)
+        self.right = RIGHTS[op](op)
         self.calls = calls
 
     def operator(self, name: str) -> Any:
@@ -111,9 +109,9 @@ def test_the_environment_variable_asks_for_a_backend() -> None:
     assert "FASTREG_BACKEND: unknown backend 'cudnn'" in refused.stderr
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)
 def test_a_named_backend_that_cannot_serve_says_why_and_what_helps(spec: OpSpec) -> None:
-    arguments = "None, None, training=True" if spec is BATCH_NORM else "(3,)"
+    arguments = {"batch_norm": "None, None, training=True", "group_norm": "1"}.get(spec.name, "(3,)")
     code = f"""
 import fastreg, torch
 fastreg.backends.use("triton")
@@ -127,7 +125,7 @@ except fastreg.backends.BackendUnavailable as error:
     assert "TRITON_INTERPRET" in said
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)
 def test_a_device_without_kernels_gets_the_reference(spec: OpSpec) -> None:
     assert backends.available("xpu", op=spec.name) == ("reference",)
     assert "reference (first choice available on xpu)" in backends.explain(spec.name, device_type="xpu")
@@ -163,7 +161,7 @@ def test_preferences_name_known_backends_and_end_with_the_reference() -> None:
         assert order[-1] == "reference"
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)
 def test_a_failing_backend_is_not_replaced_by_another(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     def implementation(name: str, op: str, operator: str) -> Any:
         def fail(*_: Any) -> Any:
@@ -177,7 +175,7 @@ def test_a_failing_backend_is_not_replaced_by_another(spec: OpSpec, monkeypatch:
         spec.call(spec.function, torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)
 def test_backward_runs_where_its_forward_ran(spec: OpSpec) -> None:
     first, first_calls = recording_backend()
     second, second_calls = recording_backend()
@@ -199,14 +197,15 @@ def test_only_wanted_gradients_are_asked_for(spec: OpSpec) -> None:
         case = replace(case, wanted=asked)
         with backends.use(name):
             results = run(spec, case, make_tensors(spec, case))
-        expected: list[tuple[str, Any]] = [(f"{spec.name}_fwd", None)]
+        forward, backward = spec.operators(case)
+        expected: list[tuple[str, Any]] = [(forward, None)]
         if any(wanted):
-            expected.append((f"{spec.name}_bwd", wanted))
+            expected.append((backward, wanted))
         assert calls == expected
         assert {each for each in results if each.startswith("grad_")} == {f"grad_{each}" for each in asked}
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)
 def test_one_operator_a_direction(spec: OpSpec) -> None:
     """A call crosses the dispatcher once a direction, and a constant is not differentiated."""
     input = torch.randn(4, 5, requires_grad=True)

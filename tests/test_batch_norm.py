@@ -1,8 +1,8 @@
 """Batch norm through the op suite, on the backend under test."""
 
-from channel_norm_suite import ChannelNormSuite
+from batch_norm_suite import BatchNormSuite
 from channel_norms import BATCH_NORM
 
 
-class TestBatchNorm(ChannelNormSuite):
+class TestBatchNorm(BatchNormSuite):
     spec = BATCH_NORM

@@ -247,7 +247,7 @@ def _as_if_installed(monkeypatch: pytest.MonkeyPatch, path: str) -> type[nn.Modu
     return _install(monkeypatch, path, nn.RMSNorm if "Rms" in name else nn.LayerNorm, forward=forward)
 
 
-@pytest.mark.parametrize("layer", [name for name in external._LAYERS if name not in external._KERNELS])
+@pytest.mark.parametrize("layer", [name for name in external._LAYERS if name not in external._FUSIONS])
 def test_layers_of_other_libraries(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = _as_if_installed(monkeypatch, external._LAYERS[layer][0])
     monkeypatch.delitem(vars(external), layer, raising=False)

@@ -51,6 +51,8 @@ MODELS: dict[str, tuple[int, dict[str, int]]] = {
     "timm/dla34": (37, {"norm + relu": 15, "norm + add + relu": 12}),
     "timm/convnextv2_atto": (17, {}),
     "timm/vit_tiny_patch16_224": (25, {}),
+    "timm/resnet50_gn": (53, {"norm + relu": 33}),
+    "timm/resnetv2_50": (49, {}),
 }
 
 
@@ -115,7 +117,9 @@ def test_a_converted_model_computes_what_it_did(path: str, layout: torch.memory_
 def test_every_layer_is_the_librarys_own(name: str) -> None:
     path = external._LAYERS[name][0]
     module, _, kind = path.rpartition(".")
-    layer = _with_random_vectors(getattr(importlib.import_module(module), kind)(6))
+    layer = _with_random_vectors(
+        getattr(importlib.import_module(module), kind)(6 if "Group" not in name else 64)
+    )
     plain = copy.deepcopy(layer)
     (item,) = fastreg.convert(layer).replaced
     assert (item.before, item.after) == (path, f"fastreg.nn.{name}")

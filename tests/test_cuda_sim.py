@@ -32,6 +32,9 @@ ALL_MUTANTS = mutants.mutants()
 SPECS = {"layer_norm": norms.LAYER_NORM, "rms_norm": norms.RMS_NORM}
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
+# Kernels that have files of their own: test_cuda_sim_batch_norm.py and test_cuda_sim_group_norm.py.
+OF_CHANNELS = ("batch_norm", "group_norm", "instance_norm")
+
 TWO_OF_AN_H100 = Device(architecture=90, multiprocessors=2)
 
 # (device, rows, hidden size): each reaches another kernel instance or another branch of a plan. Rows and
@@ -94,7 +97,7 @@ def test_every_kernel_is_launched_and_right(name: str, element: torch.dtype) -> 
     expected = {
         kernel
         for kernel in backend.kernels()
-        if of_this_case.search(kernel) and not kernel.startswith("batch_norm")
+        if of_this_case.search(kernel) and not kernel.startswith(OF_CHANNELS)
     }
     assert expected - set(backend.launched()) == set()
 
@@ -233,7 +236,7 @@ def _output(program: Path, *arguments: str) -> str:
 def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str, ...]) -> None:
     listed = _output(build.standalone(trace=True), *schedule, "kernels")
     reached = {launch.kernel for launch in backend.parse_launches(listed)}
-    assert {kernel for kernel in backend.kernels() if not kernel.startswith("batch_norm")} - reached == set()
+    assert {kernel for kernel in backend.kernels() if not kernel.startswith(OF_CHANNELS)} - reached == set()
 
 
 def test_kernels_are_clean_under_the_sanitizers() -> None:
@@ -287,7 +290,9 @@ def test_every_mistake_is_reported() -> None:
     assert {name: text for name, text in reported.items() if expected[name] not in text} == {}
 
 
-@pytest.mark.parametrize("file", ["layer_norm.cuh", "batch_norm.cuh", "batch_norm_resident_planes.cuh"])
+@pytest.mark.parametrize(
+    "file", ["layer_norm.cuh", "batch_norm.cuh", "batch_norm_resident_planes.cuh", "group_norm.cuh"]
+)
 def test_the_program_of_the_mutants_accepts_the_kernels(file: str) -> None:
     assert mutants.output_of(mutants.program_of(file)) == ""
 

@@ -195,13 +195,13 @@ def assert_same(model: nn.Module, plain: nn.Module, *inputs: Any, **options: Any
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, str | None]]:
     """Of every call of a norm's kernel from now on: whether it has a residual, and its activation."""
     calls: list[tuple[bool, str | None]] = []
-    original = _fused._KERNELS[fastreg.nn.BatchNorm2d][0]
+    original = _fused._FUSIONS[fastreg.nn.BatchNorm2d].kernel
 
     def kernel(norm: Any, input: Any, residual: Any, activation: Any, slope: float) -> Any:
         calls.append((residual is not None, activation))
         return original(norm, input, residual, activation, slope)
 
-    monkeypatch.setitem(_fused._KERNELS, fastreg.nn.BatchNorm2d, (kernel, None))
+    monkeypatch.setitem(_fused._FUSIONS, fastreg.nn.BatchNorm2d, _fused.Fusion(kernel))
     return calls
 
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
 from criterion import Rejected
 from fastreg import backends
-from mutants import batch_norms, norms
-from mutants.batch_norms import BatchNormMutant
-from mutants.norms import Mutant
-from mutants.right import RightNorm
-from mutants.right_batch_norm import RightBatchNorm
-from specs import SPECS
+from group_norms import INSTANCE_NORM
+from mutants import batch_norms, group_norms, norms
+from mutants.rights import RIGHTS
+from specs import ROW_NORMS, SPECS
 from suite import OpSpec, cases, check_case
 
 pytestmark = pytest.mark.backend_independent
 
-MUTANTS: tuple[type[Mutant | BatchNormMutant], ...] = (*norms.MUTANTS, *batch_norms.MUTANTS)
+MUTANTS: tuple[Any, ...] = (*norms.MUTANTS, *batch_norms.MUTANTS, *group_norms.MUTANTS)
 
 
-def _as_backend(norm: type[RightNorm | RightBatchNorm]) -> str:
+def _as_backend(norm: Any) -> str:
     """Make a norm reachable by name, so that it is tested through the public function like any backend."""
     name = f"mutant {norm.__name__}"
     backends.register(name, lambda op, operator: norm(op).operator(operator))
@@ -31,10 +30,10 @@ def _as_backend(norm: type[RightNorm | RightBatchNorm]) -> str:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_right_norm_is_accepted(spec: OpSpec) -> None:
     chosen = cases(spec)
-    with backends.use(_as_backend(RightBatchNorm if spec.buffers else RightNorm)):
+    with backends.use(_as_backend(RIGHTS[spec.name])):
         for case in chosen:
             check_case(spec, case)
-    assert len(chosen) > 100
+    assert len(chosen) > (30 if spec is INSTANCE_NORM else 100)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +45,7 @@ def test_the_right_norm_is_accepted(spec: OpSpec) -> None:
         if spec.name in mutant.ops
     ],
 )
-def test_a_wrong_norm_is_rejected(spec: OpSpec, mutant: type[Mutant | BatchNormMutant]) -> None:
+def test_a_wrong_norm_is_rejected(spec: OpSpec, mutant: Any) -> None:
     other_reasons = []
     with backends.use(_as_backend(mutant)):
         for case in cases(spec):
@@ -63,4 +62,4 @@ def test_a_wrong_norm_is_rejected(spec: OpSpec, mutant: type[Mutant | BatchNormM
 
 def test_there_are_enough_mutants_of_each_op() -> None:
     for spec in SPECS:
-        assert sum(spec.name in mutant.ops for mutant in MUTANTS) >= (40 if spec.buffers else 14)
+        assert sum(spec.name in mutant.ops for mutant in MUTANTS) >= (14 if spec in ROW_NORMS else 40)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from activations import NAMES as ACTIVATIONS
 from backend_under_test import serves_float64
 from cases import DATA, Case, Mix, Size
-from specs import ROW_NORMS, SPECS
+from group_norms import INSTANCE_NORM
+from specs import SPECS
 from suite import OpSpec, check_tensors, make_tensors, subsets
 
 settings.register_profile(
@@ -110,10 +111,47 @@ def channel_norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
     )
 
 
+@st.composite
+def group_norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
+    low = (torch.float64,) if float64 and draw(st.integers(0, 5)) == 0 else LOW
+    # Few samples and groups: those are programs, which an emulated backend runs one by one.
+    samples, spatial = draw(st.integers(1, 3)), draw(st.lists(st.integers(1, 7), max_size=3))
+    arguments = {
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
+        "negative_slope": draw(st.sampled_from((0.01, 0.5, -0.2))),
+        "eps": draw(st.sampled_from((1e-6, 1e-5, 1e-3, 1.0))),
+    }
+    statistics: list[Any] = [draw(st.sampled_from(low)) for _ in spec.buffers]
+    if spec is INSTANCE_NORM:
+        channels = draw(st.sampled_from((1, 2, 3, 4, 7, 9)))
+        arguments["momentum"] = draw(st.sampled_from((0.0, 0.1, 0.7, 1.0)))
+        # More than one spatial element.
+        spatial = spatial if math.prod(spatial) > 1 else [2, *spatial[1:]]
+        statistics = draw(st.sampled_from((statistics, [None] * len(statistics))))
+    else:
+        width, groups = draw(
+            st.sampled_from(((1, 5), (20, 1), (5, 3), (3, 4), (16, 2), (1, 1), (33, 2), (129, 1)))
+        )
+        channels, arguments["num_groups"] = width * groups, groups
+        if samples * width * math.prod(spatial) == 1:
+            samples = 2
+    dtypes = (draw(st.sampled_from(low)), *[draw(st.sampled_from((*low, None))) for _ in spec.parameters])
+    return Case(
+        size=Size((samples, channels, *spatial)),
+        mix=Mix((*dtypes, *statistics)),
+        data=draw(st.sampled_from(sorted(DATA))),
+        wanted=draw(st.sampled_from(subsets(spec.differentiable))),
+        arguments=arguments,
+    )
+
+
+KINDS = {"batch_norm": channel_norm_cases, "group_norm": group_norm_cases, "instance_norm": group_norm_cases}
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 @given(data=st.data())
 def test_any_shape_stride_dtype_and_option(spec: OpSpec, data: Any, backend: str, device: str) -> None:
-    kind = norm_cases if spec in ROW_NORMS else channel_norm_cases
+    kind = KINDS.get(spec.name, norm_cases)
     case = data.draw(kind(spec, serves_float64(backend, device)))
     tensors = make_tensors(spec, case, device)
     for name, values in tensors.items():

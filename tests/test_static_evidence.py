@@ -18,12 +18,13 @@ import pytest
 import triton
 
 from bench.report import newest
-from bench.static_evidence import RESULTS, __main__, cuda_kernels, machine_code, report
+from bench.static_evidence import RESULTS, __main__, cuda_kernels, machine_code, report, triton_kernels
 from bench.static_evidence.comparison import INTENDED, complaints
 from bench.static_evidence.machine_code import Accesses, Resources
 from bench.static_evidence.occupancy import MULTIPROCESSORS, residency
 from bench.static_evidence.record import ImpossibleLaunch, Launch, Record, Table, read, record, write
 from cuda_sim import backend, build
+from triton_offline import ARCHITECTURES
 
 pytestmark = pytest.mark.backend_independent
 
@@ -302,7 +303,32 @@ def test_the_same_compiler_has_to_make_the_same() -> None:
 
 
 def test_an_architecture_that_was_not_compiled_is_not_compared() -> None:
-    assert complaints(Table("nvcc 1", (good(), good(80))), Table("nvcc 1", (good(),))) == []
+    both, one = Table("nvcc 1", (good(), good(80))), Table("nvcc 1", (good(),))
+    assert complaints(both, one) == []
+    compared = ["cuda: 1 kernels compared, of sm_90", "cuda: not compiled for sm_80 here, so not compared"]
+    assert __main__.judge("cuda", both, one) == ([], compared)
+
+
+def test_the_only_architecture_is_compared_with_all_kernels_of_it() -> None:
+    """The table as ``.ci/run`` compares it."""
+    committed = Table("nvcc 1", (good(), good(80), good(kernel="other"), good(80, "other")))
+    for compiler in ("nvcc 1", "nvcc 2"):
+        (complaint,), _ = __main__.judge("cuda", committed, Table(compiler, (good(),)))
+        assert complaint == "cuda: other sm_90: the kernel is gone"
+
+
+@pytest.mark.parametrize("current", [(), (good(120),)], ids=["nothing", "another architecture"])
+def test_nothing_to_compare_is_a_complaint(current: tuple[Record, ...]) -> None:
+    (complaint,), _ = __main__.judge("cuda", Table("nvcc 1", (good(),)), Table("nvcc 2", current))
+    assert complaint == "cuda: nothing that the table has is compiled here"
+
+
+def test_a_part_of_the_table() -> None:
+    table = Table(
+        "triton 1", tuple(replace(good(each), configuration=name) for each in (80, 90) for name in "ab")
+    )
+    part = table.of([("a", 80), ("b", 90), ("c", 90)])
+    assert [(each.configuration, each.architecture) for each in part.records] == [("a", 80), ("b", 90)]
 
 
 @pytest.mark.parametrize(
@@ -335,11 +361,59 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["cuda", "triton"])
-def test_the_committed_table_is_that_of_the_kernels(kind: str) -> None:
-    found, notes = __main__.check(kind)
+@pytest.fixture(scope="module")
+def tables() -> dict[str, Table]:
+    return {kind: read(RESULTS / f"{kind}.json") for kind in __main__.KINDS}
+
+
+def test_the_committed_table_is_that_of_the_cuda_kernels(
+    pytestconfig: pytest.Config, tables: dict[str, Table]
+) -> None:
+    """For every architecture that the library was built for; with ``--complete`` it has to be built for all."""
+    committed, current = tables["cuda"], cuda_kernels.table()
+    found, notes = __main__.judge("cuda", committed, current)
     print("\n".join(notes))
     assert not found, "\n".join([*found, INTENDED])
+    if pytestconfig.getoption("--complete"):
+        assert current.architectures == committed.architectures, (
+            "make native CUDA_ARCHITECTURES='80;90;100;120'"
+        )
+
+
+def test_the_committed_table_is_that_of_the_triton_kernels(
+    pytestconfig: pytest.Config, tables: dict[str, Table]
+) -> None:
+    """Every shape for an architecture by turns; with ``--complete`` for all of them."""
+    complete = pytestconfig.getoption("--complete")
+    chosen = triton_kernels.every_compilation() if complete else triton_kernels.compilations_by_turns()
+    committed = tables["triton"].of((str(shape), architecture) for shape, architecture in chosen)
+    found, notes = __main__.judge("triton", committed, triton_kernels.table(chosen))
+    print("\n".join(notes))
+    assert not found, "\n".join([*found, INTENDED])
+
+
+def test_every_configuration_is_in_the_table(tables: dict[str, Table]) -> None:
+    """With the kernels that it launches and no others, for every architecture, whichever are compiled here."""
+    expected = {
+        (kernel, str(shape), architecture)
+        for group in triton_kernels.GROUPS
+        for shape in group
+        for kernel in triton_kernels.kernels_of(shape)
+        for architecture in ARCHITECTURES
+    }
+    assert {each.key for each in tables["triton"].records} == expected
+
+
+def test_by_turns_every_shape_and_every_kernel_for_every_architecture() -> None:
+    every, chosen = triton_kernels.every_compilation(), triton_kernels.compilations_by_turns()
+    assert len(set(chosen)) == len(chosen) < len(every) / 2
+    assert set(chosen) <= set(every)
+    assert {shape for shape, _ in chosen} == {shape for shape, _ in every}
+
+    def reached(compilations: list[triton_kernels.Compilation]) -> set[tuple[str, int]]:
+        return {(kernel, each) for shape, each in compilations for kernel in triton_kernels.kernels_of(shape)}
+
+    assert reached(chosen) == reached(every)
 
 
 def test_the_readme_shows_the_committed_table() -> None:
@@ -348,11 +422,6 @@ def test_the_readme_shows_the_committed_table() -> None:
 
 def test_the_tables_are_not_taken_for_a_machines_results() -> None:
     assert RESULTS not in {path.parent for path, _ in newest(RESULTS.parent)}
-
-
-@pytest.fixture(scope="module")
-def tables() -> dict[str, Table]:
-    return {kind: read(RESULTS / f"{kind}.json") for kind in __main__.KINDS}
 
 
 def test_every_kernel_of_the_sources_is_in_the_table(tables: dict[str, Table]) -> None:

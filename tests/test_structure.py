@@ -164,6 +164,9 @@ def test_every_public_function_is_in_the_suite() -> None:
             ["rms_norm_fwd", "rms_norm_bwd"],
             ["batch_norm_fwd", "batch_norm_eval", "batch_norm_bwd"]
             + [f"batch_norm_{half}" for half in ("moments", "apply", "sums", "bwd_apply")],
+            ["group_norm_fwd", "group_norm_bwd"],
+            # Its backward is group norm's.
+            ["instance_norm_fwd"],
         ]
     )
     assert sum(len(operators_of(op)) for op in OPS) == len(_library.OPERATORS)

@@ -16,6 +16,7 @@ import torch
 from backend_under_test import BACKENDS, cases_for
 from cases import CHANNEL_LAYOUTS, DATA, LAYOUTS, covering
 from criterion import Exact, Rejected, budget, check
+from group_norms import GROUP_NORM, INSTANCE_NORM
 from specs import ROW_NORMS, SPECS
 from suite import OpSpec, cases, same_bits, unwritten_memory_is_nan
 
@@ -87,6 +88,15 @@ def test_a_store_that_leans_is_found(rounded_to: torch.rounded_to, direction: st
         check("result", leaning, exact)
 
 
+@pytest.mark.parametrize("rounded_to", HALVES)
+def test_values_that_crowd_round_alike(rounded_to: torch.rounded_to) -> None:
+    """All of them a third of an ulp above a number of the dtype, which is no fault of the store."""
+    exact = exact_of(rounded_to)
+    third = torch.finfo(rounded_to).eps / 3
+    crowded = Exact(1 + third + 1e-6 * exact.value, exact.terms, rounded_to)
+    check("result", crowded.value.to(rounded_to), crowded)
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_pair_of_levels_meets_in_a_case(spec: OpSpec) -> None:
     factors = {"size": spec.sizes, "mix": spec.mixes, "layout": list(spec.layouts), "data": list(DATA)}
@@ -106,10 +116,18 @@ def test_no_backend_is_spared_a_size(spec: OpSpec, backend: str) -> None:
     assert served == set(spec.sizes)
     if spec in ROW_NORMS:
         assert {size.shape[-1] for size in served} >= {1, 2, 3, 17, 127, 129, 255, 257, 1000, 8193}
+    elif spec is INSTANCE_NORM:
+        # Its kernels are group norm's; it takes no planes of a single element.
+        assert {size.shape[1] for size in served} >= {1, 3, 5, 8, 17}
+        assert {math.prod(size.shape[2:]) for size in served} >= {2, 14, 49, 64, 257}
+        assert {len(size.shape) for size in served} == {3, 4, 5}
     else:
         assert {size.shape[1] for size in served} >= {1, 3, 8, 17, 64, 130}
         assert {math.prod(size.shape[2:]) for size in served} >= {1, 3, 49, 64, 257}
         assert {len(size.shape) for size in served} == {2, 3, 4, 5}
+    if spec is GROUP_NORM:
+        assert {size.arguments["num_groups"] for size in served} >= {1, 2, 3, 8}
+        assert any(size.arguments["num_groups"] == size.shape[1] > 1 for size in served)
     only = cases_for(spec, backend, "cpu", "bfloat16")
     assert {case.mix.input for case in only} == {torch.bfloat16}
 

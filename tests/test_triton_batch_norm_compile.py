@@ -9,7 +9,14 @@ import pytest
 
 from bench.static_evidence.occupancy import WARP, residency
 from triton_batch_norm_offline import LAYERS, Layer
-from triton_offline import ARCHITECTURES, Compilations, compilations, expect_known_spills
+from triton_offline import (
+    ARCHITECTURES,
+    Compilable,
+    Compilations,
+    Compiled,
+    compilations,
+    expect_known_spills,
+)
 
 pytestmark = pytest.mark.backend_independent
 
@@ -20,11 +27,15 @@ WARPS = 8  # of a multiprocessor, at least
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest) -> Compilations:
     """All compilations that this session's tests will ask for, on every core of the machine."""
+    return compilations_asked_for(request, Layer)
+
+
+def compilations_asked_for(request: pytest.FixtureRequest, kind: type[Compilable]) -> Compilations:
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     return compilations(
         (each["layer"], each["architecture"])
         for each in parameters
-        if isinstance(each.get("layer"), Layer) and "architecture" in each
+        if isinstance(each.get("layer"), kind) and "architecture" in each
     )
 
 
@@ -34,7 +45,10 @@ def test_machine_code(
     layer: Layer, architecture: int, compiled: Compilations, request: pytest.FixtureRequest
 ) -> None:
     expect_known_spills(request, str(layer), architecture)
-    results = compiled[layer, architecture].result()
+    check_machine_code(compiled[layer, architecture].result(), architecture)
+
+
+def check_machine_code(results: list[Compiled], architecture: int) -> None:
     assert results
     for result in results:
         print(f"sm_{architecture} {result}")

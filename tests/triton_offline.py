@@ -149,6 +149,11 @@ LOADED = {
     "sum_gradients": ("grad_output", "input", "residual"),
     "differentiate_channels": ("grad_output", "input", "residual"),
     "differentiate_slab": ("grad_output", "input", "residual"),
+    "normalize_groups": ("input",),
+    "normalize_group_slab": ("input",),
+    "sum_group_gradients": ("grad_output", "input"),
+    "differentiate_groups": ("grad_output", "input"),
+    "differentiate_group_slab": ("grad_output", "input"),
 }
 STORED = {
     "normalize_resident": ("output",),
@@ -159,6 +164,10 @@ STORED = {
     "sum_gradients": ("grad_input", "grad_residual"),
     "differentiate_channels": ("grad_input", "grad_residual"),
     "differentiate_slab": ("grad_input", "grad_residual"),
+    "normalize_groups": ("output",),
+    "normalize_group_slab": ("output",),
+    "differentiate_groups": ("grad_input",),
+    "differentiate_group_slab": ("grad_input",),
 }
 
 
@@ -176,7 +185,8 @@ def wide_accesses(launch: Launch) -> tuple[int, int]:
 
 def _wide(launch: Launch, name: str) -> int:
     tile = launch.arguments
-    elements = tile.get("ROWS", 1) * tile["BLOCK"] * tile.get("CHUNKS", 1)
+    rows = tile.get("ROWS", tile.get("SAMPLES", 1) * tile.get("LINES", 1))
+    elements = rows * tile["BLOCK"] * tile.get("CHUNKS", 1)
     return int(elements * tile[name].element_size() // (16 * 32 * launch.warps))
 
 
@@ -303,6 +313,7 @@ _KNOWN_SPILLS = (
         100,
         "Triton 3.6 spills 8 bytes for sm_100",
     ),
+    ("3.6.", "group32-16x640x32x32-planes-float32-float32-gelu", 120, "Triton 3.6 spills 8 bytes for sm_120"),
 )
 
 

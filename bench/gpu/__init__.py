@@ -9,7 +9,7 @@ a short summary last; its files go to the folder that is named as ``OUT``.
     build.py       the native libraries, in place, for this GPU alone
     suite.py       stage "tests"
     sanitize.py    stage "sanitize", with shapes.py, the program that runs under compute-sanitizer
-    benchmark.py   stages "bench" and "bench_batch_norm", with timing.py, the program that takes the measurements
+    benchmark.py   the stages named bench, with timing.py, the program that takes the measurements
 
 With ``--device cpu`` the same stages run on the CPU, with a small selection: a rehearsal, which says nothing of a GPU
 and is labelled as one wherever it prints or writes.

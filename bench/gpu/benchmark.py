@@ -1,4 +1,4 @@
-"""Stages "bench" and "bench_batch_norm": run bench/gpu/timing.py in time, report kernels against the copy bandwidth."""
+"""The stages named bench: run bench/gpu/timing.py in time, report kernels against the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from bench.gpu.stage import Outcome, Settings, one_line, table, write_log
 from bench.gpu.suite import environment
 
 # Seconds for the rounds of a case. 36 cases of nine shapes of the norms over rows take torch.compile and the gate some
-# ten seconds each on top; batch norm has 228, and time for torch.compile in a few of them only.
-STAGES = {"bench": (("layer_norm", "rms_norm"), 2.0), "bench_batch_norm": (("batch_norm",), 0.5)}
+# ten seconds each on top; batch norm has 228, group and instance norm 116, and time for torch.compile in a few of them
+# only.
+STAGES = {
+    "bench": (("layer_norm", "rms_norm"), 2.0),
+    "bench_batch_norm": (("batch_norm",), 0.5),
+    "bench_group_norm": (("group_norm", "instance_norm"), 0.5),
+}
 _REHEARSED_SECONDS = 0.1
 # For the host's cost after the cases, and for the process to end.
 _RESERVE = 30.0
@@ -131,7 +136,7 @@ def stage(name: str, settings: Settings) -> Outcome:
             f"saved {where}; copied into bench/results/, `python -m bench.report` shows it"
             if "-partial" not in where.name
             else f"saved {where}, which lacks cases: bench/results/ takes complete ones only. The stages "
-            f"{' and '.join(STAGES)} go on with it, on the same day and with the same OUT"
+            f"{', '.join(STAGES)} go on with it, on the same day and with the same OUT"
         )
     return outcome
 

@@ -25,6 +25,7 @@ from cases import Case, Mix, Size
 from channel_norms import BATCH_NORM
 from criterion import Rejected, check
 from fastreg import backends
+from group_norms import GROUP_NORM, INSTANCE_NORM
 from norms import LAYER_NORM, RMS_NORM
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -49,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Maps:
-    """Samples of channels of something, likewise; ``options`` are batch norm's."""
+    """Samples of channels of something, likewise; ``options`` are the op's, ``residual`` is batch norm's alone."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = BF16
@@ -60,12 +61,16 @@ class Maps:
 
     def case(self, spec: suite.OpSpec, mixed: bool) -> Case:
         """The case, with parameters and running statistics of other dtypes if ``mixed``."""
-        dtypes = (F32, BF16, F32, F32) if mixed else (self.dtype,) * 4
-        mix = Mix((self.dtype, self.dtype if self.residual else None, *dtypes))
-        size = Size(self.shape, {"training": True, **self.options})
-        wanted = spec.differentiable if self.residual else ("input", *spec.parameters)
+        vectors = len(spec.parameters) + len(spec.buffers)
+        dtypes: tuple[torch.dtype | None, ...] = (F32, BF16, F32, F32) if mixed else (self.dtype,) * 4
+        options, wanted = self.options, spec.differentiable
+        if spec is BATCH_NORM:
+            vectors, dtypes = vectors + 1, (self.dtype if self.residual else None, *dtypes)
+            options = {"training": True, **options}
+            wanted = wanted if self.residual else ("input", *spec.parameters)
+        mix = Mix((self.dtype, *dtypes[:vectors]))
         layouts = dict.fromkeys(("layout", "grad_layout", "companion_layout"), self.layout)
-        return suite.plain_case(spec, size, mix, wanted=wanted, **layouts)
+        return suite.plain_case(spec, Size(self.shape, options), mix, wanted=wanted, **layouts)
 
 
 # For some 130 multiprocessors and clusters (sm_90): what the plan of csrc/cuda/layer_norm_plan.h makes of them.
@@ -117,6 +122,31 @@ MAPS: tuple[Maps, ...] = (
     Maps((4, 72, 9, 9), F32, layout=LAST, options={**EVALUATION, **SILU}),
     Maps((40, 16, 10, 10), layout=LAST, options=RELU, aligned=False),
 )
+# What csrc/cuda/group_norm_plan.h makes of them: a block a group, a cluster, parts of groups, rows of pixels.
+GROUPS: tuple[Maps, ...] = tuple(
+    Maps(shape, dtype, layout, {"num_groups": groups, **options})
+    for shape, groups, dtype, layout, options in (
+        ((2, 64, 8, 8), 32, BF16, "contiguous", SILU),  # a block a group
+        ((3, 6, 7, 7), 2, F32, "contiguous", {}),  # odd planes
+        ((1, 320, 32, 32), 32, BF16, "contiguous", SILU),  # few groups
+        ((1, 128, 64, 64), 32, F32, "contiguous", RELU),
+        ((1, 8, 300, 300), 2, BF16, "contiguous", SILU),  # in parts
+        ((2, 6, 201, 201), 1, F16, "contiguous", RELU),
+        ((40, 96), 8, F32, "contiguous", SILU),  # one pixel
+        ((2, 64, 14, 14), 32, BF16, LAST, SILU),
+        ((2, 320, 8, 8), 32, F32, LAST, RELU),
+        ((1, 131, 9, 9), 1, F16, LAST, {}),  # one-element packs
+        ((1, 128, 128, 128), 32, BF16, LAST, SILU),
+    )
+)
+INSTANCES: tuple[Maps, ...] = (
+    Maps((4, 8, 16, 16), options=RELU),
+    Maps((2, 3, 9, 9), F32, options=SILU),
+    Maps((2, 3, 200, 200), F16),
+    Maps((2, 32, 12, 12), layout=LAST, options=RELU),
+)
+REHEARSED_GROUPS = (Maps((2, 8, 4, 4), options={"num_groups": 2, **SILU}),)
+REHEARSED_INSTANCES = (Maps((2, 3, 3, 5), F32, layout=LAST),)
 REHEARSED_MAPS = (Maps((3, 8, 4, 4), options=RELU), Maps((3, 8, 3, 5), F32, layout=LAST, residual=False))
 
 
@@ -161,16 +191,19 @@ def main() -> int:
     parser.add_argument("--backend", choices=("native", "triton"), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    shapes, maps = SHAPES, MAPS
+    shapes, maps, groups, instances = SHAPES, MAPS, GROUPS, INSTANCES
     if options.device == "cpu":
-        shapes, maps = REHEARSED, REHEARSED_MAPS
+        shapes, maps, groups, instances = REHEARSED, REHEARSED_MAPS, REHEARSED_GROUPS, REHEARSED_INSTANCES
         if options.backend == "triton":
             import triton_interpreter
 
             triton_interpreter.install()
     count, wrong = 0, 0
     with backends.use(options.backend), torch.no_grad():
-        for spec, chosen in ((LAYER_NORM, shapes), (RMS_NORM, shapes), (BATCH_NORM, maps)):
+        for spec, chosen in (
+            *((LAYER_NORM, shapes), (RMS_NORM, shapes), (BATCH_NORM, maps)),
+            *((GROUP_NORM, groups), (INSTANCE_NORM, instances)),
+        ):
             for name, case, shape in cases(spec, chosen):
                 count += 1
                 try:

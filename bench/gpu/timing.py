@@ -1,4 +1,4 @@
-"""Takes the measurements of stage "bench": the copy bandwidth first, then the grid, saved after every case.
+"""Takes the measurements of a stage named bench: the copy bandwidth first, then the grid, saved after every case.
 
     python -m bench.gpu.timing --device cuda --out build/gpu/results --seconds 2 --left 400 --ops layer_norm,rms_norm
 
@@ -31,7 +31,11 @@ from fastreg.cli.workloads import BACKWARD, DIRECTIONS, FORWARD, Case, Problem, 
 _COPY_BYTES = 2**30
 _REHEARSED_COPY_BYTES = 2**22
 # Of an op with hundreds of cases torch.compile, which takes seconds to compile each, is timed on these shapes alone.
-_COMPILED = {"batch_norm": ((32, 512, 28, 28), (256, 256, 56, 56), (256, 1024, 14, 14))}
+_COMPILED = {
+    "batch_norm": ((32, 512, 28, 28), (256, 256, 56, 56), (256, 1024, 14, 14)),
+    "group_norm": ((8, 320, 64, 64), (1, 512, 64, 64), (2, 256, 100, 152)),
+    "instance_norm": ((4, 64, 128, 128), (2, 64, 32, 32, 32)),
+}
 
 
 def spread(cases: list[Case]) -> list[Case]:
@@ -69,7 +73,7 @@ def in_time(problem: Problem) -> tuple[list[Provider], dict[str, str]]:
     shapes = _COMPILED.get(problem.op)
     if shapes is None or tuple(problem.input.shape) in shapes:
         return providers_for(problem)
-    return uncompiled(problem, "timed on three shapes only, since compiling takes seconds a case")
+    return uncompiled(problem, "timed on a few shapes only, since compiling takes seconds a case")
 
 
 def rehearsed(problem: Problem) -> tuple[list[Provider], dict[str, str]]:

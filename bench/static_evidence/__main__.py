@@ -32,16 +32,25 @@ def _write(results: Path) -> int:
 
 
 def check(kind: str, results: Path = RESULTS) -> tuple[list[str], list[str]]:
-    """What speaks against the kernels of a kind as they are compiled here, and what could not be compared.
+    """What speaks against the kernels of a kind as they are compiled here, and what was not compared.
 
     Raises:
         FileNotFoundError: the library, or cuobjdump, is not there.
         ImpossibleLaunch: a launch would fail.
         ValueError: there is no committed table.
     """
-    committed, current = read(results / f"{kind}.json"), KINDS[kind]()
+    return judge(kind, read(results / f"{kind}.json"), KINDS[kind]())
+
+
+def judge(kind: str, committed: Table, current: Table) -> tuple[list[str], list[str]]:
+    """What speaks against ``current``, and what of ``committed`` it was not compared with."""
+    common = committed.architectures & current.architectures
+    if not common:
+        return [f"{kind}: nothing that the table has is compiled here"], []
+    names = ", ".join(f"sm_{each}" for each in sorted(common))
+    notes = [f"{kind}: {len(committed.on(common).records)} kernels compared, of {names}"]
     missing = committed.architectures - current.architectures
-    notes = [f"{kind}: not compiled for sm_{each} here, so not compared" for each in sorted(missing)]
+    notes += [f"{kind}: not compiled for sm_{each} here, so not compared" for each in sorted(missing)]
     if committed.compiler != current.compiler:
         notes.append(
             f"{kind}: {current.compiler} here, the table is of {committed.compiler}: only regressions are complained of"

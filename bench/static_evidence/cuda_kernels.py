@@ -54,6 +54,22 @@ CHANNELS = (
     ),
 )
 SAMPLES = (1, 32, 256)
+# (channels, height and width, groups), at batches of 1 and 8: of diffusion models, of detection heads, and the instance
+# norms of a style-transfer net.
+GROUPS = (
+    *(
+        (320, 64, 32),
+        (640, 32, 32),
+        (1280, 16, 32),
+        (1280, 8, 32),
+        (512, 64, 32),
+        (256, 256, 32),
+        (128, 512, 32),
+    ),
+    *((256, 100, 32), (256, 25, 32), (256, 7, 32), (1280, 1, 32), (330, 7, 33)),
+    *((32, 256, 32), (64, 128, 64), (128, 64, 128), (512, 14, 512)),
+)
+GROUP_SAMPLES = (1, 8)
 MOST_ELEMENTS = 1 << 28  # of a tensor: nothing of it is touched, but an allocator may refuse more
 
 
@@ -103,6 +119,25 @@ def _call_batch_norm(
     backend.batch_norm_bwd_apply(*given, statistics, activation, 0.0, (True, True))
 
 
+def _call_group_norm(
+    samples: int, channels: int, side: int, groups: int, rows: bool, dtype: torch.dtype, aligned: bool
+) -> None:
+    """Forward and backward, all gradients asked for; of an instance norm with its running statistics."""
+    elements = _rows(samples * channels, side * side, dtype, aligned)
+    input = (
+        elements.view(samples, side, side, channels).permute(0, 3, 1, 2)
+        if rows
+        else elements.view(samples, channels, side, side)
+    )
+    vector, statistics = torch.empty(channels), torch.empty(2, samples, groups)
+    activation = _activations.NAMES.index("silu")
+    if groups == channels:
+        backend.instance_norm_fwd(input, vector, vector, vector, vector, 0.1, 1e-5, activation, 0.0)
+    backend.group_norm_fwd(input, groups, vector, vector, 1e-5, activation, 0.0)
+    everything = (True, True, True)
+    backend.group_norm_bwd(input, input, groups, statistics, vector, vector, activation, 0.0, everything)
+
+
 def launches(architecture: int) -> dict[str, set[Launch]]:
     """How each kernel is launched at realistic problems, by the launch code itself, run by the simulator."""
     found: dict[str, set[Launch]] = defaultdict(set)
@@ -119,6 +154,12 @@ def launches(architecture: int) -> dict[str, set[Launch]]:
             if samples * channels * side * side <= MOST_ELEMENTS:
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     _call_batch_norm(samples, channels, side, rows, dtype, aligned)
+        for samples, (channels, side, groups), rows, aligned in product(
+            GROUP_SAMPLES, GROUPS, (True, False), (True, False)
+        ):
+            if samples * channels * side * side <= MOST_ELEMENTS:
+                for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                    _call_group_norm(samples, channels, side, groups, rows, dtype, aligned)
         for each in backend.launches():
             found[each.kernel].add(Launch(each.threads, each.dynamic_shared_bytes, each.cluster))
     return dict(found)

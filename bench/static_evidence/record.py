@@ -157,6 +157,12 @@ class Table:
         kept = set(architectures)
         return replace(self, records=tuple(each for each in self.records if each.architecture in kept))
 
+    def of(self, configurations: Iterable[tuple[str, int]]) -> Table:
+        """The part that is about these configurations, each with an architecture."""
+        kept = set(configurations)
+        of_these = (each for each in self.records if (each.configuration, each.architecture) in kept)
+        return replace(self, records=tuple(of_these))
+
     @property
     def architectures(self) -> set[int]:
         return {each.architecture for each in self.records}

@@ -90,7 +90,8 @@ def render(cuda: Table, triton: Table) -> str:
     configurations = _sentence("configurations", triton)
     return (
         "Registers, shared memory, access widths and occupancy of every compiled kernel are in "
-        "[bench/results/static](bench/results/static), one line each, and compared by every test run.\n\n"
+        "[bench/results/static](bench/results/static), one line each; a test run compares those that it compiles, "
+        "a complete one all.\n\n"
         f"- CUDA: {instances}\n- Triton: {configurations}\n\n"
         "<details><summary>By kernel function and architecture: least to most of its instances; occupancy, of resident "
         "warps, at the launch where it is lowest</summary>\n\n"

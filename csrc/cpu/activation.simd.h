@@ -38,8 +38,13 @@ FASTREG_INLINE Floats exponential(Floats x) {
   constexpr float largest = 88.3f;
   // 1.5 * 2^23: a sum with it has the rounded integer in its low bits.
   const Floats magic = constant<Floats>(0x1.8p23);
+#if defined(__AVX512F__)
+  // What lies beyond the bounds is replaced in the end, whatever it has become.
+  const Floats bounded = x;
+#else
   Floats bounded = x < least ? constant<Floats>(least) : x;
   bounded = bounded > largest ? constant<Floats>(largest) : bounded;
+#endif
   const Floats shifted = multiply_add(bounded, constant<Floats>(1.44269504088896341), magic);
   const Floats power = shifted - magic;
   Floats rest = multiply_add(power, constant<Floats>(-0.693359375), bounded);
@@ -52,9 +57,14 @@ FASTREG_INLINE Floats exponential(Floats x) {
                             .then(5.0000001201e-1)
                             .value;
   const Floats value = multiply_add(series, rest * rest, rest) + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 is_normal = _mm512_cmp_ps_mask(x, constant<Floats>(least), _CMP_NLT_UQ);
+  const Floats result = _mm512_maskz_scalef_ps(is_normal, value, power);
+#else
   const Words exponent = (bit_cast<Words>(shifted) - bit_cast<Words>(magic)) << 23;
   const Floats product = bit_cast<Floats>(bit_cast<Words>(value) + exponent);
   const Floats result = x < least ? Floats{} : product;
+#endif
   return x > largest ? constant<Floats>(__builtin_inf()) : result;
 }
 

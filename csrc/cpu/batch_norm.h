@@ -64,6 +64,9 @@ struct BatchNorm {
   const void* offset;
   void* output;
   unsigned char* output_signs;
+  // dz in the dtype of accumulation, laid out as a dense output, which the sums of a smooth activation keep for the
+  // gradient; null: made again there.
+  void* kept;
   void* grad_input;
   void* grad_residual;
   Activation activation;

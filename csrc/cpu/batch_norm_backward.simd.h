@@ -3,8 +3,9 @@
 //   dz = dy * activation'(z)      grad_bias = sum of dz      grad_weight = sum of dz * xhat
 //   grad_residual = dz            grad_input = scale * (dz - mean of dz - xhat * mean of dz * xhat)
 //
-// dz comes from dy alone, from a bit an element, or from z, which is made again from input (and residual). Two sweeps,
-// each reading dy and input; the second writes the gradients.
+// dz comes from dy alone, from a bit an element, from z, which is made again from input (and residual), or from where
+// the first sweep has kept it. Two sweeps, each reading dy (or what was kept) and input; the second writes the
+// gradients.
 
 #pragma once
 
@@ -13,7 +14,7 @@
 
 namespace fastreg::FASTREG_SIMD {
 
-enum class GradientKind { plain, bits, sign, smooth };
+enum class GradientKind { plain, bits, sign, smooth, kept };
 
 FASTREG_INLINE GradientKind gradient_kind(const BatchNorm& norm) {
   if (norm.activation == Activation::identity) {
@@ -36,6 +37,7 @@ struct Gradients {
   LinesOf<group, const Element> input;
   LinesOf<group, const Element> residual;
   LinesOf<group, const unsigned char> signs;
+  LinesOf<group, Scalar> kept;
   Affine<rows, Scalar> affine;
   Activating<V> activating;
 
@@ -44,6 +46,7 @@ struct Gradients {
         input(lines_of<group, Element>(norm.input, line, ahead)),
         residual(lines_of<group, Element>(norm.residual, line, ahead)),
         signs(signs_of<group>(norm.signs, line)),
+        kept(lines_of<group, rows, Scalar>(norm.kept, norm.geometry, line)),
         affine(norm, line),
         activating(norm) {}
 
@@ -59,9 +62,22 @@ struct Gradients {
     }
   }
 
+  // For the second sweep, where that is wanted.
+  template <class Lanes>
+  FASTREG_INLINE void keep(Lanes lanes, int64_t column, int r, V dz) const {
+    if constexpr (kind == GradientKind::smooth) {
+      if (kept) {
+        lanes.store(kept[r] + column, dz);
+      }
+    }
+  }
+
   template <class Lanes>
   FASTREG_INLINE V dz(Lanes lanes, int64_t column, int r, const typename Affine<rows, Scalar>::Values& at,
                       V centred) const {
+    if constexpr (kind == GradientKind::kept) {
+      return lanes.load(kept[r] + column);
+    }
     const V dy = lanes.load(grad_output[r] + column);
     if constexpr (kind == GradientKind::plain) {
       return dy;
@@ -106,6 +122,7 @@ FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
         for (int r = 0; r < group; ++r) {
           centred[r] = lanes.load(gradients.input[r] + column) - at.mean;
           dz[r] = gradients.dz(lanes, column, r, at, centred[r]);
+          gradients.keep(lanes, column, r, dz[r]);
         }
         plain.add(column, sum_of<group>(dz));
         projected.add(column, sum_of_products<group>(dz, centred));
@@ -123,6 +140,7 @@ FASTREG_INLINE void add_block(const BatchNorm& norm, const BatchNormTile& block,
               const V centred = lanes.load(gradients.input[0] + column) - at.mean;
               // dz is zero in missing lanes, x - mean is not.
               const V dz = gradients.dz(lanes, column, 0, at, centred);
+              gradients.keep(lanes, column, 0, dz);
               plain_sum += dz;
               projected_sum = multiply_add(dz, centred, projected_sum);
             });
@@ -307,7 +325,10 @@ void gradient_runs(const BatchNorm& norm, const BatchNormTile& tile) {
 }
 
 template <bool rows, class Element>
-void gradient(const BatchNorm& norm, const BatchNormTile& tile) {
+FASTREG_INLINE void gradient_of_kind(const BatchNorm& norm, const BatchNormTile& tile) {
+  if (norm.kept != nullptr) {
+    return gradient_tile<GradientKind::kept, true, rows, Element>(norm, tile);
+  }
   with_gradient_kind(norm, [&]<GradientKind kind>() {
     const auto sweep = [&]<bool centred>() {
       if constexpr (!rows && kind != GradientKind::smooth) {
@@ -323,6 +344,11 @@ void gradient(const BatchNorm& norm, const BatchNormTile& tile) {
       sweep.template operator()<false>();
     }
   });
+}
+
+template <bool rows, class Element>
+void gradient(const BatchNorm& norm, const BatchNormTile& tile) {
+  gradient_of_kind<rows, Element>(norm, tile);
   if (norm.streams) {
     finish_streams();
   }

@@ -43,16 +43,16 @@ struct BackwardPack {
   Pack<Element, width> residual;
   uint32_t bits;
 
-  template <bool rows>
-  __device__ __forceinline__ void load(const BatchNormBackwardArguments& norm, const Walk<width, rows>& walk,
+  template <bool rows, bool apart>
+  __device__ __forceinline__ void load(const BatchNormBackwardArguments& norm, const Walk<width, rows, apart>& walk,
                                        bool reads_input) {
     const auto at = [&](const void* tensor, int64_t stride) {
       return Pack<Element, width>::load(walk.at(static_cast<const Element*>(tensor), norm.shape, stride));
     };
     grad_output = at(norm.grad_output, norm.grad_output_stride);
     if (reads_input) input = at(norm.input, norm.input_stride);
-    if (norm.residual != nullptr) residual = at(norm.residual, norm.residual_stride);
-    if (norm.signs != nullptr) {
+    if (!apart && norm.residual != nullptr) residual = at(norm.residual, norm.residual_stride);
+    if (!apart && norm.signs != nullptr) {
       bits = load_signs(norm.signs, walk.line(norm.shape), norm.shape.sign_bytes_per_line(), walk.element());
     }
   }
@@ -64,32 +64,34 @@ struct BackwardPack {
   }
 
   // dz
-  template <int channels>
+  template <bool apart, int channels>
   __device__ __forceinline__ void gradients(const BatchNormBackwardArguments& norm, const Affine<channels>& affine,
                                             float (&values)[width]) const {
-    argument_gradients(norm.activation, affine, grad_output, input, norm.residual != nullptr, residual,
-                       norm.signs != nullptr, bits, values);
+    argument_gradients(norm.activation, affine, grad_output, input, !apart && norm.residual != nullptr, residual,
+                       !apart && norm.signs != nullptr, bits, values);
   }
 };
 
-template <int width, bool rows>
+template <int width, bool rows, bool apart>
 __device__ __forceinline__ Affine<pack_channels<width, rows>> saved_affine_of(const BatchNormBackwardArguments& norm,
-                                                                             const Walk<width, rows>& walk) {
+                                                                             const GroupShape& group,
+                                                                             const Walk<width, rows, apart>& walk) {
   Affine<pack_channels<width, rows>> affine{};
   if (walk.has_channels()) {
 #pragma unroll
     for (int index = 0; index < pack_channels<width, rows>; ++index) {
       const int64_t channel = walk.channel + index;
-      affine.set(index, __ldg(norm.mean + channel), __ldg(norm.rstd + channel),
+      const int64_t statistic = walk.statistic(group, channel);
+      affine.set(index, __ldg(norm.mean + statistic), __ldg(norm.rstd + statistic),
                  load_channel(norm.weight, channel, 1.0f), load_channel(norm.bias, channel, 0.0f));
     }
   }
   return affine;
 }
 
-template <class Element, int width, bool rows>
-__device__ __forceinline__ void store_gradient(void* tensor, const ChannelShape& shape, const Walk<width, rows>& walk,
-                                               const float (&values)[width]) {
+template <class Element, int width, bool rows, bool apart>
+__device__ __forceinline__ void store_gradient(void* tensor, const ChannelShape& shape,
+                                               const Walk<width, rows, apart>& walk, const float (&values)[width]) {
   pack<Element, width>(values).store(walk.at(static_cast<Element*>(tensor), shape, shape.dense_stride()));
 }
 
@@ -106,9 +108,10 @@ __device__ __forceinline__ void finish_sums(const BatchNormBackwardArguments& no
   if (norm.grad_bias != nullptr) store_parameter(norm.grad_bias, norm.bias.dtype, channel, plain);
 }
 
-template <class Element, bool rows, int width>
-__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
-    batch_norm_sums_kernel(const SumsArguments arguments) {
+// What the kernel does, group norm's too: `apart` as in batch_norm_walk.cuh, where all parts leave partial results, and
+// no tensor's gradient is stored.
+template <class Element, bool rows, int width, bool apart>
+__device__ __forceinline__ void stream_sums(const SumsArguments& arguments, const GroupShape& group) {
   using Value = ChannelSums<pack_channels<width, rows>>;
   using ValueExchange = std::conditional_t<rows, StripExchange<Value>, Exchange<Sums>>;
   constexpr int packs = stream_backward_packs(width);
@@ -116,13 +119,13 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
   FASTREG_SHARED(ValueExchange, exchange);
   const BatchNormBackwardArguments& norm = arguments.norm;
   const StreamPlan& plan = arguments.plan;
-  Walk<width, rows> walk(norm.shape, plan, false);
-  const Affine<channels> affine = saved_affine_of(norm, walk);
+  Walk<width, rows, apart> walk(norm.shape, plan, false);
+  const Affine<channels> affine = saved_affine_of(norm, group, walk);
 
   Value value{};
   for (int start = 0; start < walk.items; start += packs * walk.step) {
     BackwardPack<Element, width> data[packs];
-    Walk<width, rows> behind = walk;
+    Walk<width, rows, apart> behind = walk;
 #pragma unroll
     for (int pack = 0; pack < packs; ++pack) {
       if (walk.valid()) data[pack].load(norm, walk, true);
@@ -134,15 +137,17 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
       if (behind.valid()) {
         float gradients[width];
         data[pack].keep_packed();
-        data[pack].gradients(norm, affine, gradients);
-        if (norm.grad_residual != nullptr) store_gradient<Element>(norm.grad_residual, norm.shape, behind, gradients);
+        data[pack].template gradients<apart>(norm, affine, gradients);
+        if (!apart && norm.grad_residual != nullptr) {
+          store_gradient<Element>(norm.grad_residual, norm.shape, behind, gradients);
+        }
 #pragma unroll
         for (int index = 0; index < width; ++index) {
           const int channel = channels == 1 ? 0 : index;
           value.plain[channel] += gradients[index];
           value.projection[channel] += gradients[index] * (value_of(data[pack].input, index) - affine.mean[channel]);
         }
-        if (norm.grad_input != nullptr) {
+        if (!apart && norm.grad_input != nullptr) {
 #pragma unroll
           for (int index = 0; index < width; ++index) gradients[index] *= affine.scale[channels == 1 ? 0 : index];
           store_gradient<Element>(norm.grad_input, norm.shape, behind, gradients);
@@ -162,16 +167,22 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
 #pragma unroll
     for (int index = 0; index < channels; ++index) {
       const int64_t channel = walk.channel + index;
-      const float projection = value.projection[index] * __ldg(norm.rstd + channel);
-      if (plan.parts == 1) {
+      const float projection = value.projection[index] * __ldg(norm.rstd + walk.statistic(group, channel));
+      if (!apart && plan.parts == 1) {
         finish_sums(norm, arguments.sums, channel, value.plain[index], projection);
       } else {
-        float* partial = arguments.partials + walk.part * norm.shape.channels + channel;
+        float* partial = arguments.partials + walk.partial(norm.shape, plan, group, channel);
         partial[0] = value.plain[index];
-        partial[plan.parts * norm.shape.channels] = projection;
+        partial[walk.partials(norm.shape, plan)] = projection;
       }
     }
   }
+}
+
+template <class Element, bool rows, int width>
+__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
+    batch_norm_sums_kernel(const SumsArguments arguments) {
+  stream_sums<Element, rows, width, false>(arguments, {});
 }
 
 // --- gradients -------------------------------------------------------------------------------------------------------
@@ -183,31 +194,39 @@ struct Correction {
   float multiple[channels];
 };
 
-template <class Element, bool rows, int width>
-__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
-    batch_norm_gradient_kernel(const GradientArguments arguments) {
+// What the kernel does, group norm's too: there the sums are of a group, weighted, and scaled by rstd alone.
+template <class Element, bool rows, int width, bool apart>
+__device__ __forceinline__ void stream_gradient(const GradientArguments& arguments, const GroupShape& group) {
   constexpr int packs = stream_backward_packs(width);
   constexpr int channels = pack_channels<width, rows>;
   const BatchNormBackwardArguments& norm = arguments.norm;
   const StreamPlan& plan = arguments.plan;
   const bool corrects = arguments.sums != nullptr;
   const bool reads_input = corrects || norm.computes_argument();
-  Walk<width, rows> walk(norm.shape, plan, corrects);
-  const Affine<channels> affine = saved_affine_of(norm, walk);
+  Walk<width, rows, apart> walk(norm.shape, plan, corrects);
+  const Affine<channels> affine = saved_affine_of(norm, group, walk);
   Correction<channels> correction{};
   if (corrects && walk.has_channels()) {
 #pragma unroll
     for (int index = 0; index < channels; ++index) {
       const int64_t channel = walk.channel + index;
-      correction.constant[index] = __ldg(arguments.sums + channel) * arguments.share;
-      correction.multiple[index] = __ldg(arguments.sums + norm.shape.channels + channel) * arguments.share *
-                                   __ldg(norm.rstd + channel);
+      if constexpr (apart) {
+        const int64_t statistic = walk.statistic(group, channel);
+        const float rstd = __ldg(norm.rstd + statistic);
+        const int64_t statistics = norm.shape.samples * group.groups;
+        correction.constant[index] = rstd * (__ldg(arguments.sums + statistic) * arguments.share);
+        correction.multiple[index] = rstd * (__ldg(arguments.sums + statistics + statistic) * arguments.share) * rstd;
+      } else {
+        correction.constant[index] = __ldg(arguments.sums + channel) * arguments.share;
+        correction.multiple[index] = __ldg(arguments.sums + norm.shape.channels + channel) * arguments.share *
+                                     __ldg(norm.rstd + channel);
+      }
     }
   }
 
   for (int start = 0; start < walk.items; start += packs * walk.step) {
     BackwardPack<Element, width> data[packs];
-    Walk<width, rows> behind = walk;
+    Walk<width, rows, apart> behind = walk;
 #pragma unroll
     for (int pack = 0; pack < packs; ++pack) {
       if (walk.valid()) data[pack].load(norm, walk, reads_input);
@@ -219,17 +238,20 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
       if (behind.valid()) {
         float gradients[width];
         data[pack].keep_packed();
-        data[pack].gradients(norm, affine, gradients);
-        if (norm.grad_residual != nullptr) store_gradient<Element>(norm.grad_residual, norm.shape, behind, gradients);
+        data[pack].template gradients<apart>(norm, affine, gradients);
+        if (!apart && norm.grad_residual != nullptr) {
+          store_gradient<Element>(norm.grad_residual, norm.shape, behind, gradients);
+        }
         if (norm.grad_input != nullptr) {
 #pragma unroll
           for (int index = 0; index < width; ++index) {
             const int channel = channels == 1 ? 0 : index;
+            if constexpr (apart) gradients[index] *= affine.scale[channel];
             if (corrects) {
               const float centred = value_of(data[pack].input, index) - affine.mean[channel];
               gradients[index] -= correction.constant[channel] + centred * correction.multiple[channel];
             }
-            gradients[index] *= affine.scale[channel];
+            if constexpr (!apart) gradients[index] *= affine.scale[channel];
           }
           store_gradient<Element>(norm.grad_input, norm.shape, behind, gradients);
         }
@@ -237,6 +259,12 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
       behind.advance();
     }
   }
+}
+
+template <class Element, bool rows, int width>
+__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
+    batch_norm_gradient_kernel(const GradientArguments arguments) {
+  stream_gradient<Element, rows, width, false>(arguments, {});
 }
 
 }  // namespace fastreg::cuda

@@ -76,9 +76,9 @@ __device__ __forceinline__ ChannelMoments<channels> moments_of(const Pack<Elemen
   return moments;
 }
 
-template <class Element, bool rows, int width>
-__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
-    batch_norm_statistics_kernel(const StatisticsArguments arguments) {
+// What the kernel does, group norm's too: `apart` as in batch_norm_walk.cuh, where all parts leave partial results.
+template <class Element, bool rows, int width, bool apart>
+__device__ __forceinline__ void stream_statistics(const StatisticsArguments& arguments, const GroupShape& group) {
   using Data = Pack<Element, width>;
   using Value = ChannelMoments<pack_channels<width, rows>>;
   using ValueExchange = std::conditional_t<rows, StripExchange<Value>, Exchange<Moments<float>>>;
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
   FASTREG_SHARED(ValueExchange, exchange);
   const BatchNormForwardArguments& norm = arguments.norm;
   const StreamPlan& plan = arguments.plan;
-  Walk<width, rows> walk(norm.shape, plan, false);
+  Walk<width, rows, apart> walk(norm.shape, plan, false);
   const Element* input = static_cast<const Element*>(norm.input);
 
   Value value{};
@@ -117,23 +117,30 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
 #pragma unroll
     for (int index = 0; index < channels; ++index) {
       const int64_t channel = walk.channel + index;
-      if (plan.parts == 1) {
+      if (!apart && plan.parts == 1) {
         finish_moments(norm, arguments.moments, channel, value.mean[index], value.squares[index]);
       } else {
-        float* partial = arguments.partials + walk.part * norm.shape.channels + channel;
+        float* partial = arguments.partials + walk.partial(norm.shape, plan, group, channel);
         partial[0] = value.mean[index];
-        partial[plan.parts * norm.shape.channels] = value.squares[index];
+        partial[walk.partials(norm.shape, plan)] = value.squares[index];
       }
     }
   }
 }
 
+template <class Element, bool rows, int width>
+__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
+    batch_norm_statistics_kernel(const StatisticsArguments arguments) {
+  stream_statistics<Element, rows, width, false>(arguments, {});
+}
+
 // --- output ----------------------------------------------------------------------------------------------------------
 
 // What a thread's channels are multiplied by; in evaluation one thread of all that have them saves their statistics.
-template <int width, bool rows>
+template <int width, bool rows, bool apart>
 __device__ __forceinline__ Affine<pack_channels<width, rows>> affine_of(const ApplyArguments& arguments,
-                                                                       const Walk<width, rows>& walk) {
+                                                                       const GroupShape& group,
+                                                                       const Walk<width, rows, apart>& walk) {
   const BatchNormForwardArguments& norm = arguments.norm;
   const bool saves = walk.part == 0 && static_cast<int>(threadIdx.x) < (rows ? arguments.plan.lanes : 1);
   Affine<pack_channels<width, rows>> affine{};
@@ -145,7 +152,7 @@ __device__ __forceinline__ Affine<pack_channels<width, rows>> affine_of(const Ap
     const int64_t channel = walk.channel + index;
     float mean;
     float rstd;
-    if (arguments.evaluation) {
+    if (!apart && arguments.evaluation) {
       mean = load_channel({norm.running_mean.data, norm.running_mean.dtype}, channel, 0.0f);
       const float variance = load_channel({norm.running_var.data, norm.running_var.dtype}, channel, 1.0f);
       rstd = reciprocal_deviation_of(variance, norm.eps);
@@ -154,34 +161,35 @@ __device__ __forceinline__ Affine<pack_channels<width, rows>> affine_of(const Ap
         norm.rstd[channel] = rstd;
       }
     } else {
-      mean = norm.mean[channel];
-      rstd = norm.rstd[channel];
+      const int64_t statistic = walk.statistic(group, channel);
+      mean = norm.mean[statistic];
+      rstd = norm.rstd[statistic];
     }
     affine.set(index, mean, rstd, load_channel(norm.weight, channel, 1.0f), load_channel(norm.bias, channel, 0.0f));
   }
   return affine;
 }
 
-template <class Element, bool rows, int width>
-__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
-    batch_norm_apply_kernel(const ApplyArguments arguments) {
+// What the kernel does, group norm's too, which knows no residual, signs or evaluation.
+template <class Element, bool rows, int width, bool apart>
+__device__ __forceinline__ void stream_apply(const ApplyArguments& arguments, const GroupShape& group) {
   using Data = Pack<Element, width>;
   constexpr int packs = stream_forward_packs(width);
   const BatchNormForwardArguments& norm = arguments.norm;
   const StreamPlan& plan = arguments.plan;
-  Walk<width, rows> walk(norm.shape, plan, !arguments.evaluation);
-  const Affine<pack_channels<width, rows>> affine = affine_of(arguments, walk);
+  Walk<width, rows, apart> walk(norm.shape, plan, !arguments.evaluation);
+  const Affine<pack_channels<width, rows>> affine = affine_of(arguments, group, walk);
   const Element* input = static_cast<const Element*>(norm.input);
   const Element* residual = static_cast<const Element*>(norm.residual);
   Element* output = static_cast<Element*>(norm.output);
-  const bool has_residual = residual != nullptr;
+  const bool has_residual = !apart && residual != nullptr;
   const int64_t dense_stride = norm.shape.dense_stride();
   const int64_t sign_bytes = norm.shape.sign_bytes_per_line();
 
   for (int start = 0; start < walk.items; start += packs * walk.step) {
     Data data[packs];
     Data added[packs];
-    Walk<width, rows> behind = walk;
+    Walk<width, rows, apart> behind = walk;
 #pragma unroll
     for (int pack = 0; pack < packs; ++pack) {
       if (walk.valid()) {
@@ -198,7 +206,7 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
       data[pack].keep_packed();
       added[pack].keep_packed();
       if (valid) arguments_of(affine, data[pack], has_residual, added[pack], values);
-      if (norm.signs != nullptr) {
+      if (!apart && norm.signs != nullptr) {
         store_signs<width>(norm.signs, behind.line(norm.shape), sign_bytes, behind.element(), valid,
                            sign_bits(norm.activation, values));
       }
@@ -209,6 +217,12 @@ __global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, r
       behind.advance();
     }
   }
+}
+
+template <class Element, bool rows, int width>
+__global__ void __launch_bounds__(stream_threads, stream_minimum_blocks(width, rows))
+    batch_norm_apply_kernel(const ApplyArguments arguments) {
+  stream_apply<Element, rows, width, false>(arguments, {});
 }
 
 }  // namespace fastreg::cuda

@@ -5,31 +5,12 @@
 
 #pragma once
 
-#include <initializer_list>
-
 #include "batch_norm_finish.cuh"
-#include "launch.cuh"
+#include "batch_norm_stream.cuh"
 
 namespace fastreg::cuda {
 
 // --- plans -----------------------------------------------------------------------------------------------------------
-
-struct StridedTensor {
-  const void* data;  // null: there is none
-  int64_t stride;
-};
-
-template <class Element>
-ChannelProblem channel_problem(const ChannelShape& shape, std::initializer_list<StridedTensor> tensors) {
-  constexpr int64_t size = sizeof(Element);
-  ChannelProblem problem{shape.samples, shape.channels, shape.spatial, size, shape.rows, false};
-  problem.wide = problem.line_elements() % full_width<Element> == 0;
-  for (const StridedTensor& tensor : tensors) {
-    problem.wide =
-        problem.wide && (tensor.data == nullptr || (aligned(tensor.data, 16) && tensor.stride * size % 16 == 0));
-  }
-  return problem;
-}
 
 struct PlannedStream {
   ChannelProblem problem;
@@ -66,24 +47,6 @@ PlannedStream plan_sums(const BatchNormBackwardArguments& norm, const DeviceTrai
 }
 
 // --- launches --------------------------------------------------------------------------------------------------------
-
-// Calls visit.operator()<width, rows>().
-template <class Element, class Visit>
-cudaError_t with_packs(const ChannelProblem& problem, const Visit& visit) {
-  constexpr int wide = full_width<Element>;
-  if (problem.rows) {
-    return problem.wide ? visit.template operator()<wide, true>() : visit.template operator()<1, true>();
-  }
-  return problem.wide ? visit.template operator()<wide, false>() : visit.template operator()<1, false>();
-}
-
-inline Launch stream_launch(const StreamPlan& plan, cudaStream_t stream) {
-  return {plan.blocks, plan.threads, 1, 0, false, stream};
-}
-
-inline Launch finish_launch(int64_t channels, cudaStream_t stream) {
-  return {finish_blocks(channels), finish_threads, 1, 0, false, stream};
-}
 
 // `partials`: planned.partial_floats() of them. `moments`: mean and M2 are wanted, not the statistics.
 template <class Element>

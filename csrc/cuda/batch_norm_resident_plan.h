@@ -28,7 +28,7 @@
 namespace fastreg::cuda {
 
 struct ResidentProblem {
-  bool rows;  // else planes
+  bool rows;         // else planes
   int64_t samples;
   int64_t channels;
   int64_t spatial;
@@ -37,6 +37,7 @@ struct ResidentProblem {
   bool signs;    // whether forward keeps signs
   bool regular;  // every tensor is cut into chunks at the same elements; rows: at 16-byte boundaries
   int grain;     // planes: bytes, 16 at most, that the address of every plane is a multiple of
+  int64_t step = 0;  // planes: chunks at whose multiples a share may begin, if that is known; else plane_step()
 
   constexpr int width() const { return 16 / element_size; }
 };
@@ -156,6 +157,9 @@ constexpr int64_t plane_chunk_bytes(const ResidentProblem& problem) {
 
 // Chunks at whose multiples a share may begin: a byte of signs has bits of two chunks, but never of two planes.
 constexpr int64_t plane_step(const ResidentProblem& problem) {
+  if (problem.step != 0) {
+    return problem.step;
+  }
   const int64_t columns = plane_chunks(problem);
   return problem.grain == 16 && columns % 2 == 0 ? 2 : columns;
 }

@@ -6,6 +6,9 @@
 //         channels and goes down the rows.
 //
 // Results are added up in an order that depends on the launch's shape alone: equal bits in every run.
+//
+// Batch norm's channels are of all samples. Group norm uses the same kernels with its samples `apart`: a launch then
+// has the plan's blocks for each sample, and what a block finds out is of one sample's channels.
 
 #pragma once
 
@@ -18,10 +21,17 @@ namespace fastreg::cuda {
 template <int width, bool rows>
 inline constexpr int pack_channels = rows ? width : 1;
 
+// Where the channels' statistics are when samples are apart: those of a group stand for all its channels.
+struct GroupShape {
+  int64_t groups;    // of a sample
+  int64_t channels;  // of a group
+};
+
 // A thread's way through its part. Places are counted from where the part begins, in 32 bits; tensors are pointed to by
 // their first element of it.
-template <int width, bool rows>
+template <int width, bool rows, bool apart = false>
 struct Walk {
+  int64_t sample;       // 0 unless samples are apart
   int64_t channel;      // the first of this thread's
   int64_t part;
   int64_t first_outer;  // sample or row that the part begins with
@@ -37,7 +47,13 @@ struct Walk {
 
   // `reversed`: the last block first, which finds in the L2 what an earlier kernel read last.
   __device__ __forceinline__ Walk(const ChannelShape& shape, const StreamPlan& plan, bool reversed) {
-    const unsigned block = reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    unsigned block = reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    sample = 0;
+    if constexpr (apart) {
+      const unsigned blocks = static_cast<unsigned>(plan.blocks);
+      sample = block / blocks;
+      block %= blocks;
+    }
     const int thread = static_cast<int>(threadIdx.x);
     step = step_of(plan, rows);
     line_packs = plan.line_packs;
@@ -49,7 +65,7 @@ struct Walk {
       place = static_cast<int>(block % across) * plan.lanes + thread % plan.lanes;
       channel = static_cast<int64_t>(place) * width;
       line_end = channel < shape.channels && item < step ? 1 : 0;
-      first_outer = part * plan.share;
+      first_outer = part * plan.share + sample * shape.spatial;
       outer = item;
       step_outer = step;
       step_place = 0;
@@ -62,6 +78,7 @@ struct Walk {
       const int64_t begin = part * plan.share;
       first_outer = begin / line_packs;
       place = static_cast<int>(begin - first_outer * line_packs) + thread % line_packs;
+      first_outer += sample;
       outer = thread / line_packs;
       if (place >= line_packs) {
         place -= line_packs;
@@ -115,6 +132,28 @@ struct Walk {
   template <class Element>
   __device__ __forceinline__ Element* at(Element* tensor, const ChannelShape& shape, int64_t stride) const {
     return tensor + first_outer * stride + (rows ? 0 : channel * shape.spatial) + outer * stride + element();
+  }
+
+  // Where the statistics of a channel are.
+  __device__ __forceinline__ int64_t statistic(const GroupShape& group, int64_t of_channel) const {
+    if constexpr (apart) {
+      return sample * group.groups + static_cast<unsigned>(of_channel) / static_cast<unsigned>(group.channels);
+    }
+    return of_channel;
+  }
+
+  // Where a part leaves what it knows of a channel, and how many such places there are: side by side lie the channels
+  // of a group, then its parts.
+  __device__ __forceinline__ int64_t partial(const ChannelShape& shape, const StreamPlan& plan, const GroupShape& group,
+                                             int64_t of_channel) const {
+    if constexpr (apart) {
+      const int64_t index = statistic(group, of_channel);
+      return (index * plan.parts + part - index + sample * group.groups) * group.channels + of_channel;
+    }
+    return part * shape.channels + of_channel;
+  }
+  __device__ __forceinline__ int64_t partials(const ChannelShape& shape, const StreamPlan& plan) const {
+    return plan.parts * shape.channels * (apart ? shape.samples : 1);
   }
 };
 

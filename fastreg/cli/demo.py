@@ -60,7 +60,8 @@ class Plan:
             for shape in shapes
         ]
         over_channels = [
-            Case("batch_norm", self.kernel_map or KERNEL_MAPS[device.type], dtype, layout, "add+relu")
+            Case(op, self.kernel_map or KERNEL_MAPS[device.type], dtype, layout, chain)
+            for op, chain in (("batch_norm", "add+relu"), ("group_norm", "silu"), ("instance_norm", "relu"))
             for dtype in benchmark.DTYPES
             for layout in ("contiguous", "channels_last")
         ]

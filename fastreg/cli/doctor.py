@@ -137,26 +137,36 @@ def _choices() -> Iterator[str]:
 def _reasons() -> Iterator[str]:
     """Why a backend does not serve, each reason once with the cases that it holds for."""
     yield "Why not the others"
-    cases: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
+    cases: dict[tuple[str, str], dict[tuple[str, str], dict[str, None]]] = {}
     for op, device_type, dtype in product(fastreg.functional.__all__, DEVICES, DTYPES):
         for name in backends.NAMES:
             reason = unavailable(name, op, device_type, dtype)
             if reason is not None and name == "native" and reason == _native.reason(device_type):
                 reason = f"the native {device_type} library is not loaded, see the end"
             if reason is not None:
-                where = cases.setdefault((name, reason), {}).setdefault(f"{op} on {device_type}", {})
+                where = cases.setdefault((name, reason), {}).setdefault((op, device_type), {})
                 where[_name(dtype)] = None
     for (name, reason), places_of in cases.items():
-        kinds: dict[tuple[str, ...], list[str]] = {}
+        kinds: dict[tuple[str, ...], list[tuple[str, str]]] = {}
         for place, dtypes in places_of.items():
             kinds.setdefault(tuple(dtypes), []).append(place)
         shown = "; ".join(
-            ", ".join(places) + ("" if len(dtypes) == len(DTYPES) else f" in {', '.join(dtypes)}")
+            ", ".join(_places(places)) + ("" if len(dtypes) == len(DTYPES) else f" in {', '.join(dtypes)}")
             for dtypes, places in kinds.items()
         )
         yield _wrapped(name, f"{shown}: {reason}")
     if not cases:
         yield "  every backend serves every op, device and dtype"
+
+
+def _places(cases: list[tuple[str, str]]) -> Iterator[str]:
+    """Ops, each with the type of a device, in as few words as there are."""
+    for device_type in DEVICES:
+        ops = [op for op, where in cases if where == device_type]
+        if len(ops) == len(fastreg.functional.__all__):
+            yield f"every op on {device_type}"
+        elif ops:
+            yield f"{', '.join(ops)} on {device_type}"
 
 
 def _remedies() -> Iterator[str]:

@@ -30,7 +30,7 @@ class Found:
 
 
 def fuse(model: torch.nn.Module, included: Selected, excluded: Selected) -> Found:
-    """Fuse fastreg's batch norms with what follows them, in place; ``restore`` of each module undoes it.
+    """Fuse fastreg's norms over channels with what follows them, in place; ``restore`` of each module undoes it.
 
     A module whose forward calls norms gets a class derived from its own, with a forward in which they are fused. Any
     attribute that is set on it later, a child for instance, gives it its own class back.

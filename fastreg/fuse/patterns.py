@@ -140,7 +140,7 @@ def _chain(
     if user is not None and user.target is _fused.then and user.kwargs.get("residual") is last:
         return "the addition behind it is fused with the norm that makes its other operand"
     addition = None
-    if user is not None and _is_addition(user, last):
+    if user is not None and _is_addition(user, last) and _fused.adds(path[-1]):
         addition, last, user = user, user, _only_user(user)
     name, slope, activation = None, _activation.DEFAULT_SLOPE, None
     found = _activation_at(module, user, last)
@@ -152,7 +152,7 @@ def _chain(
             hooks = _fused.observed(child)
             return "the activation behind it " + ("has hooks" if hooks else "is not selected")
     if addition is None and activation is None:
-        return _nothing_follows(module, norm, between or norm)
+        return _nothing_follows(module, norm, between or norm, path[-1])
     if addition is not None and _may_change(module, graph, norm, addition):
         return "what it reads may change before the addition"
     return Chain(norm, between, addition, activation, name, slope)
@@ -273,12 +273,16 @@ def _may_write(module: torch.nn.Module, node: torch.fx.Node) -> bool:
     return node.kwargs.get("inplace", False) is not False or (functional and True in node.args)
 
 
-def _nothing_follows(module: torch.nn.Module, norm: torch.fx.Node, last: torch.fx.Node) -> str:
+def _nothing_follows(
+    module: torch.nn.Module, norm: torch.fx.Node, last: torch.fx.Node, layer: torch.nn.Module
+) -> str:
     if len(norm.users) > 1 or len(last.users) > 1:
         return "its output is used more than once"
     user = _only_user(last)
     if user is None or user.op == "output":
         return NOTHING
+    if not _fused.adds(layer) and _is_addition(user, last):
+        return f"followed by an addition, which {type(layer).__name__} is not fused with"
     target: Any = user.target
     if user.op == "call_module":
         what = type(module.get_submodule(str(target))).__name__

@@ -1,6 +1,8 @@
 """The modules of ``torch.nn`` with fastreg's kernels: subclasses, so that isinstance and state dicts still work."""
 
 from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
+from fastreg.nn.group_norm import GroupNorm, GroupNormAct
+from fastreg.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastreg.nn.layer_norm import LayerNorm
 from fastreg.nn.rms_norm import RMSNorm
 from fastreg.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct2d
@@ -10,6 +12,11 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormAct2d",
+    "GroupNorm",
+    "GroupNormAct",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
     "SyncBatchNorm",

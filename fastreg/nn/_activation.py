@@ -37,8 +37,8 @@ def activation_of(module: torch.nn.Module) -> tuple[str, float] | None:
 ActivationLayer = str | type[torch.nn.Module] | Callable[..., torch.nn.Module] | None
 
 
-def resolve(layer: ActivationLayer, options: Mapping[str, Any] | None) -> tuple[str, float]:
-    """The activation that a constructor's ``act_layer`` and ``act_kwargs`` mean: its name and its negative slope.
+def resolve(kind: str, layer: ActivationLayer, options: Mapping[str, Any] | None) -> tuple[str, float]:
+    """The activation that the constructor's ``act_layer`` and ``act_kwargs`` mean: its name and its negative slope.
 
     Raises:
         ValueError: it is none of those that the norms fuse.
@@ -47,12 +47,12 @@ def resolve(layer: ActivationLayer, options: Mapping[str, Any] | None) -> tuple[
     if layer is None:
         return "identity", DEFAULT_SLOPE
     if isinstance(layer, str):
-        name = _activations.NAMES[_activations.number("BatchNormAct2d", layer)]
+        name = _activations.NAMES[_activations.number(kind, layer)]
         return name, float(options.get("negative_slope", DEFAULT_SLOPE))
     found = activation_of(layer(**options))
     if found is None:
         raise ValueError(
-            f"BatchNormAct2d: {getattr(layer, '__name__', layer)!r} is none of the activations that a norm can end "
+            f"{kind}: {getattr(layer, '__name__', layer)!r} is none of the activations that a norm can end "
             f"with: expected torch.nn.ReLU, LeakyReLU, SiLU, GELU, Hardswish or Identity, or one of the names "
             f"{', '.join(_activations.NAMES)}"
         )

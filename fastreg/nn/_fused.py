@@ -7,6 +7,7 @@ hook that is registered later sees what it would have seen, and a module that is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,32 +15,53 @@ from torch.nn.modules import module as torch_module
 
 from fastreg.nn import _activation
 from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm_of
+from fastreg.nn.group_norm import GroupNorm, group_norm_of
+from fastreg.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, instance_norm_of
 from fastreg.nn.sync_batch_norm import SyncBatchNorm, sync_batch_norm_of
 
-# (norm, input, residual, activation's name, negative slope) to the output; NotImplemented leaves this input to torch.
+# (norm, input, residual, activation's name, negative slope) to the output; NotImplemented leaves this call to torch.
 Kernel = Callable[[Any, torch.Tensor, torch.Tensor | None, str | None, float], Any]
 
-_KERNELS: dict[type[torch.nn.Module], tuple[Kernel, Callable[[Any], bool] | None]] = {
-    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d), (batch_norm_of, None)),
-    SyncBatchNorm: (sync_batch_norm_of, None),
+
+@dataclass(frozen=True)
+class Fusion:
+    """How layers of a type are fused with what follows.
+
+    Attributes:
+        kernel: what computes a layer together with what follows.
+        ready: whether a layer of the type is nothing but a norm; None: every one is.
+        adds: whether an addition is among what the kernel computes.
+    """
+
+    kernel: Kernel
+    ready: Callable[[Any], bool] | None = None
+    adds: bool = True
+
+
+_FUSIONS: dict[type[torch.nn.Module], Fusion] = {
+    **dict.fromkeys((BatchNorm1d, BatchNorm2d, BatchNorm3d), Fusion(batch_norm_of)),
+    SyncBatchNorm: Fusion(sync_batch_norm_of),
+    GroupNorm: Fusion(group_norm_of, adds=False),
+    **dict.fromkeys((InstanceNorm1d, InstanceNorm2d, InstanceNorm3d), Fusion(instance_norm_of, adds=False)),
 }
 
 
-def register(
-    layer: type[torch.nn.Module], kernel: Kernel, ready: Callable[[Any], bool] | None = None
-) -> None:
-    """Let layers of exactly this type be fused with what follows.
-
-    Args:
-        ready: whether a layer of the type is nothing but a norm; None: every one is.
-    """
-    _KERNELS[layer] = kernel, ready
+def register(layer: type[torch.nn.Module], fusion: Fusion) -> None:
+    """Let layers of exactly this type be fused with what follows."""
+    _FUSIONS[layer] = fusion
 
 
 def kernel_of(module: torch.nn.Module) -> Kernel | None:
     """What computes this norm together with what follows; None for everything else."""
-    kernel, ready = _KERNELS.get(type(module), (None, None))
-    return kernel if ready is None or ready(module) else None
+    fusion = _FUSIONS.get(type(module))
+    if fusion is None or not (fusion.ready is None or fusion.ready(module)):
+        return None
+    return fusion.kernel
+
+
+def adds(norm: torch.nn.Module) -> bool:
+    """Whether a norm is fused with an addition too."""
+    return _FUSIONS[type(norm)].adds
 
 
 def is_sequence(module: torch.nn.Module) -> bool:

@@ -139,7 +139,7 @@ class BatchNormAct2d(BatchNorm2d):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.activation, self.negative_slope = _activation.resolve(
-            act_layer if apply_act else None, act_kwargs
+            "BatchNormAct2d", act_layer if apply_act else None, act_kwargs
         )
         self.drop = None if drop_layer is None else drop_layer()
 

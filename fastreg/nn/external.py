@@ -16,6 +16,7 @@ import torch
 from fastreg.nn import _fused
 from fastreg.nn._activation import DEFAULT_SLOPE, activation_of
 from fastreg.nn.batch_norm import batch_norm_of
+from fastreg.nn.group_norm import group_norm_of
 from fastreg.nn.sync_batch_norm import sync_batch_norm_of
 from fastreg.ops.batch_norm import batch_norm
 from fastreg.ops.layer_norm import layer_norm
@@ -44,6 +45,14 @@ def _batch_norm_act(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _sync_batch_norm_act(self: Any, x: torch.Tensor) -> torch.Tensor:
     return _with_activation(self, x, sync_batch_norm_of)
+
+
+def _group_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return group_norm_of(self, x)  # type: ignore[no-any-return]
+
+
+def _group_norm_act(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return _with_activation(self, x, group_norm_of)
 
 
 def _with_activation(layer: Any, x: torch.Tensor, norm: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -94,11 +103,16 @@ def _frozen_batch_norm_2d(self: Any, x: torch.Tensor) -> torch.Tensor:
     return output  # type: ignore[no-any-return]
 
 
-# What the layers below are fused by, as ``fastreg.nn._fused.register`` has it.
-_KERNELS: dict[str, tuple[_fused.Kernel, Callable[[Any], bool] | None]] = {
-    "TorchvisionFrozenBatchNorm2d": (_frozen_batch_norm, None),
-    "TimmBatchNormAct2d": (batch_norm_of, _is_only_a_norm),
-    "TimmSyncBatchNormAct": (sync_batch_norm_of, _is_only_a_norm),
+# How the layers below are fused with what follows.
+_FUSIONS: dict[str, _fused.Fusion] = {
+    "TorchvisionFrozenBatchNorm2d": _fused.Fusion(_frozen_batch_norm),
+    "TimmBatchNormAct2d": _fused.Fusion(batch_norm_of, _is_only_a_norm),
+    "TimmSyncBatchNormAct": _fused.Fusion(sync_batch_norm_of, _is_only_a_norm),
+    **dict.fromkeys(("TimmGroupNorm", "TimmGroupNorm1"), _fused.Fusion(group_norm_of, adds=False)),
+    **dict.fromkeys(
+        ("TimmGroupNormAct", "TimmGroupNorm1Act"),
+        _fused.Fusion(group_norm_of, _is_only_a_norm, adds=False),
+    ),
 }
 
 # Name here -> (the library's class, the forward that replaces its own).
@@ -111,6 +125,10 @@ _LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "TorchvisionFrozenBatchNorm2d": ("torchvision.ops.misc.FrozenBatchNorm2d", _frozen_batch_norm_2d),
     "TimmBatchNormAct2d": ("timm.layers.norm_act.BatchNormAct2d", _batch_norm_act),
     "TimmSyncBatchNormAct": ("timm.layers.norm_act.SyncBatchNormAct", _sync_batch_norm_act),
+    "TimmGroupNorm": ("timm.layers.norm.GroupNorm", _group_norm),
+    "TimmGroupNorm1": ("timm.layers.norm.GroupNorm1", _group_norm),
+    "TimmGroupNormAct": ("timm.layers.norm_act.GroupNormAct", _group_norm_act),
+    "TimmGroupNorm1Act": ("timm.layers.norm_act.GroupNorm1Act", _group_norm_act),
 }
 _NAMES = {path: name for name, (path, _) in _LAYERS.items()}
 
@@ -130,6 +148,6 @@ def __getattr__(name: str) -> Any:
     documentation = f"``{path}`` with fastreg's kernels."
     layer = type(name, (base,), {"__module__": __name__, "__doc__": documentation, "forward": forward})
     globals()[name] = layer
-    if name in _KERNELS:
-        _fused.register(layer, *_KERNELS[name])
+    if name in _FUSIONS:
+        _fused.register(layer, _FUSIONS[name])
     return layer

@@ -155,7 +155,7 @@ class SyncBatchNormAct2d(SyncBatchNorm):
             dtype=dtype,
         )
         self.activation, self.negative_slope = _activation.resolve(
-            act_layer if apply_act else None, act_kwargs
+            "SyncBatchNormAct2d", act_layer if apply_act else None, act_kwargs
         )
         self.drop = None if drop_layer is None else drop_layer()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fastreg import _channels
+
 
 def row_regular(tensor: torch.Tensor, normalized_ndim: int) -> torch.Tensor:
     """``tensor`` itself if it can be seen as (rows, hidden size) with strides (any, 1), else a contiguous copy.
@@ -32,3 +34,15 @@ def _is_row_regular(tensor: torch.Tensor, normalized_ndim: int) -> bool:
             return False
         row_stride = stride * size
     return True
+
+
+def in_some_family(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself if it is planes or rows of channels (fastreg/_channels.py), else a contiguous copy."""
+    if tensor.is_contiguous() or _channels.channel_view(tensor) is not None:
+        return tensor
+    return tensor.contiguous()
+
+
+def contiguous(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter, copied where its elements are not adjacent."""
+    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()

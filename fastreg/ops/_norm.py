@@ -57,7 +57,8 @@ def fake_gradient(like: torch.Tensor | None, input: torch.Tensor, wanted: bool) 
 def autocast_to_float32(op: str, input: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[Any, ...]:
     """The arguments as torch's CUDA autocast would pass them on: in fp32, for the ops on its fp32 list.
 
-    layer_norm is on the list in every supported release, rms_norm from torch 2.12 on; CPU autocast leaves both alone.
+    layer_norm and group_norm are on the list in every supported release, rms_norm from torch 2.12 on; CPU autocast
+    leaves all of them alone.
     """
     tensors = (input, *parameters)
     if not (input.is_cuda and torch.is_autocast_enabled("cuda") and op in _CUDA_FLOAT32_OPS):
@@ -69,4 +70,4 @@ def autocast_to_float32(op: str, input: torch.Tensor, *parameters: torch.Tensor 
 
 
 _TORCH_RELEASE = tuple(int(part) for part in torch.__version__.split(".")[:2])
-_CUDA_FLOAT32_OPS = ("layer_norm", "rms_norm") if _TORCH_RELEASE >= (2, 12) else ("layer_norm",)
+_CUDA_FLOAT32_OPS = ("layer_norm", "group_norm", *(("rms_norm",) if _TORCH_RELEASE >= (2, 12) else ()))

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastreg import _activations, _channels, _library
 from fastreg.backends.reference import batch_norm as formula
 from fastreg.ops import _channel_checks, _norm
+from fastreg.ops._layout import contiguous, in_some_family
 
 # --- operators -------------------------------------------------------------------------------------------
 
@@ -446,16 +447,10 @@ def batch_norm(
 
 def laid_out(input: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Both as the operators take them: in one of the two families, the same one, copied once where they are not."""
-    if not input.is_contiguous() and _channels.channel_view(input) is None:
-        input = input.contiguous()
+    input = in_some_family(input)
     if residual is not None:
         residual = _channels.in_family(residual, _channels.family(input))
     return input, residual
-
-
-def contiguous(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A parameter, copied where its elements are not adjacent."""
-    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
 def _by_formula(

@@ -15,13 +15,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from fastreg import _activations, _channels
 from fastreg.backends.reference import batch_norm as formula
 from fastreg.ops import _channel_checks, _norm
+from fastreg.ops._layout import contiguous
 from fastreg.ops.batch_norm import (
     batch_norm,
     batch_norm_apply,
     batch_norm_bwd_apply,
     batch_norm_moments,
     batch_norm_sums,
-    contiguous,
     laid_out,
     recomputing,
     save_context,

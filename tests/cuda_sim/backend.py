@@ -21,6 +21,7 @@ OPERATORS = (
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
     *("batch_norm_fwd", "batch_norm_eval", "batch_norm_moments", "batch_norm_apply"),
     *("batch_norm_bwd", "batch_norm_sums", "batch_norm_bwd_apply"),
+    *("group_norm_fwd", "group_norm_bwd", "instance_norm_fwd"),
 )
 ORDERS = ("first in first out", "last in first out", "random")
 
@@ -182,6 +183,9 @@ batch_norm_moments = _passed_on("batch_norm_moments")
 batch_norm_apply = _passed_on("batch_norm_apply")
 batch_norm_sums = _passed_on("batch_norm_sums")
 batch_norm_bwd_apply = _passed_on("batch_norm_bwd_apply")
+group_norm_fwd = _passed_on("group_norm_fwd")
+group_norm_bwd = _passed_on("group_norm_bwd")
+instance_norm_fwd = _passed_on("instance_norm_fwd")
 
 
 def register() -> None:

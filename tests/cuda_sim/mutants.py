@@ -114,6 +114,15 @@ _PATTERNS = (
     _Pattern("no bound {}", r"(\bpart\.has\(index\))", "true"),
     _Pattern("one beyond {}", r"(\brow < walk\.count)\b", "row <= walk.count"),
     _Pattern("one beyond {}", r"return (place < count);", "place <= count"),
+    # group norm
+    _Pattern("no bound {}", r"(\bsegment\.empty\(\))", "false"),
+    _Pattern("no bound {}", r"(\bwalk\.has\((?:slab|next)\))", "true"),
+    _Pattern("no bound {}", r"(\bsample < norm\.shape\.samples)", "true"),
+    _Pattern("no bound {}", r"(\bindex \+ team < number)", "true"),
+    _Pattern("no bound {}", r"(\blane < count)", "true"),
+    _Pattern("one beyond {}", r"(\brow < rows\.count)\b", "row <= rows.count"),
+    _Pattern("one beyond {}", r"(\bplace < segment\.end)\b", "place <= segment.end"),
+    _Pattern("one beyond {}", r"(\bindex < values)\b", "index <= values"),
     _Pattern("every lane stores {}", r"(\belement % 8 == 0)\)", "true"),
 )
 
@@ -163,7 +172,7 @@ _LISTED = (
     ),
     (
         "a pack of a plane that goes on in the next one",
-        "batch_norm_launch.cuh",
+        "batch_norm_stream.cuh",
         "problem.wide = problem.line_elements() % full_width<Element> == 0;",
         "problem.wide = true;",
     ),
@@ -181,21 +190,57 @@ _LISTED = (
     ),
     (
         "partial moments that count as full ones",
-        "batch_norm_finish.cuh",
+        "batch_norm_slices.cuh",
         "plan.items - start < plan.share ? plan.items - start : plan.share",
         "plan.share",
     ),
     (
         "two blocks write the same partial moments",
-        "batch_norm_forward.cuh",
-        "arguments.partials + walk.part * norm.shape.channels",
-        "arguments.partials + walk.part / 2 * norm.shape.channels",
+        "batch_norm_walk.cuh",
+        "return part * shape.channels + of_channel;",
+        "return part / 2 * shape.channels + of_channel;",
     ),
     (
         "the sums of another activation's derivative",
         "batch_norm_backward.cuh",
         "argument_gradients(norm.activation, affine",
         "argument_gradients(ActivationArguments{Activation::identity, 0.0f}, affine",
+    ),
+    (
+        "two warps store the same piece of a channel",
+        "group_norm_pieces.h",
+        "whole ? channel : of_run + channel",
+        "whole ? channel : of_run / 2 + channel",
+    ),
+    (
+        "blocks of a group that all store its statistics",
+        "group_norm_planes.cuh",
+        "% layout.slab_threads == 0 && layout.blocks.rank() == 0",
+        "% layout.slab_threads == 0",
+    ),
+    (
+        "a warp's groups exchanged as if the block had one",
+        "group_norm_planes.cuh",
+        "return layout.slab_threads > warp_lanes;",
+        "return true;",
+    ),
+    (
+        "sums of a group without its channels' weights",
+        "group_norm_planes_backward.cuh",
+        "sums[0].plain += weight * of_segment.plain;",
+        "sums[0].plain += of_segment.plain;",
+    ),
+    (
+        "means of a group without its channels' weights",
+        "group_norm_finish.cuh",
+        "sums[0].plain += weight * plain[index];",
+        "sums[0].plain += plain[index];",
+    ),
+    (
+        "merged groups read before all blocks have stored theirs",
+        "group_norm_rows.cuh",
+        "    meet(meetings * round + 1);\n",
+        "",
     ),
     (
         "relu's sign where z is compared the other way",
@@ -213,11 +258,13 @@ _LISTED = (
 
 # The files of kernels and of what they share; not the vocabulary itself, the launch code and the plans.
 _KERNELS = re.compile(
-    r"reduce\.cuh|vec\.cuh|.*_(forward|backward).*\.cuh|batch_norm(?!_launch|_resident\.).*\.cuh"
+    r"reduce\.cuh|vec\.cuh|.*_(forward|backward).*\.cuh|batch_norm(?!_launch|_resident\.|_stream).*\.cuh"
+    r"|group_norm(?!_launch).*\.cuh|instance_norm\.cuh"
 )
 
 # The program that runs a file's kernels, and as little else as there can be.
 _PROGRAMS = (
+    (re.compile(r"(group|instance)_norm.*"), ("standalone_group_norm",)),
     (re.compile(r"batch_norm_resident.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_RESIDENT")),
     (re.compile(r"batch_norm.*|activation.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_STREAMING")),
     (re.compile(r".*"), ("standalone",)),

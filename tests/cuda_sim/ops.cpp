@@ -9,6 +9,7 @@
 
 #include "../../csrc/cuda/batch_norm_plan.h"
 #include "../../csrc/cuda/batch_norm_resident_plan.h"
+#include "../../csrc/cuda/group_norm_pieces.h"
 #include "../../csrc/cuda/layer_norm_plan.h"
 #include "simulator.h"
 
@@ -91,5 +92,47 @@ void cuda_sim_resident_plan(int architecture, int multiprocessors, int64_t sampl
                             plan.share,
                             plan.shared_bytes};
   std::copy(std::begin(values), std::end(values), fields);
+}
+
+void cuda_sim_group_plan(int architecture, int multiprocessors, int64_t samples, int64_t channels, int64_t spatial,
+                         int64_t groups, int element_size, bool rows, int tensors, bool regular, int grain,
+                         int64_t* fields) {
+  const fastreg::cuda::GroupProblem problem{rows,         samples, channels, spatial, groups,
+                                            element_size, tensors, regular,  grain};
+  const auto plan = fastreg::cuda::group_plan(problem, traits_of(architecture, multiprocessors));
+  const auto pieces = plan.resident.kind == fastreg::cuda::ResidentKind::none ? fastreg::cuda::GroupPieces{}
+                                                                              : fastreg::cuda::pieces_of(problem, plan);
+  const auto& resident = plan.resident;
+  const int64_t values[] = {static_cast<int64_t>(resident.kind),
+                            resident.slab_blocks,
+                            resident.threads,
+                            resident.groups,
+                            resident.slabs,
+                            resident.columns,
+                            resident.share,
+                            resident.shared_bytes,
+                            plan.slab_threads,
+                            plan.lanes,
+                            plan.run,
+                            plan.whole,
+                            plan.twice,
+                            plan.workspace_bytes,
+                            pieces.slots};
+  std::copy(std::begin(values), std::end(values), fields);
+}
+
+// The first slot, the number of pieces and the distance between them, of a group's channel.
+void cuda_sim_group_pieces(int architecture, int multiprocessors, int64_t samples, int64_t channels, int64_t spatial,
+                           int64_t groups, int element_size, bool rows, int tensors, bool regular, int grain,
+                           int64_t* fields) {
+  const fastreg::cuda::GroupProblem problem{rows,         samples, channels, spatial, groups,
+                                            element_size, tensors, regular,  grain};
+  const auto plan = fastreg::cuda::group_plan(problem, traits_of(architecture, multiprocessors));
+  const auto pieces = fastreg::cuda::pieces_of(problem, plan);
+  for (int64_t channel = 0; channel < problem.group_channels(); ++channel) {
+    fields[3 * channel] = pieces.first(channel);
+    fields[3 * channel + 1] = pieces.count(channel);
+    fields[3 * channel + 2] = pieces.step();
+  }
 }
 }

@@ -101,6 +101,53 @@ class ResidentPlan:
         return self.groups * self.slab_blocks
 
 
+@dataclass(frozen=True)
+class GroupProblem:
+    """What group norm is planned for."""
+
+    samples: int
+    channels: int
+    spatial: int
+    groups: int
+    element_size: int = 2
+    rows: bool = False
+    tensors: int = 1  # held on chip
+    regular: bool = True
+    grain: int = 16
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    kind: int  # as in ResidentPlan; 0: three passes forward, five backward
+    slab_blocks: int
+    threads: int
+    groups: int
+    slabs: int
+    columns: int
+    share: int
+    shared_bytes: int
+    slab_threads: int
+    lanes: int
+    run: int
+    whole: int
+    twice: int
+    workspace_bytes: int
+    slots: int
+
+    @property
+    def blocks(self) -> int:
+        return self.groups * self.slab_blocks
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where the sums of a group's channel are: ``count`` slots from ``first`` on, ``step`` apart."""
+
+    first: int
+    count: int
+    step: int
+
+
 _TYPES = {bool: ctypes.c_bool, int: ctypes.c_int64}
 # Of the fields that are no 64-bit numbers.
 _SHORT = {"element_size", "tensors", "grain"}
@@ -137,3 +184,14 @@ def stream_plan(problem: ChannelProblem, device: Device) -> StreamPlan:
 
 def resident_plan(problem: ResidentProblem, device: Device) -> ResidentPlan:
     return ResidentPlan(*_fields("cuda_sim_resident_plan", 8, problem, device))
+
+
+def group_plan(problem: GroupProblem, device: Device) -> GroupPlan:
+    return GroupPlan(*_fields("cuda_sim_group_plan", 15, problem, device))
+
+
+def group_pieces(problem: GroupProblem, device: Device) -> list[Pieces]:
+    """Of each channel of a group that stays on chip."""
+    channels = problem.channels // problem.groups
+    values = _fields("cuda_sim_group_pieces", 3 * channels, problem, device)
+    return [Pieces(*values[3 * channel : 3 * channel + 3]) for channel in range(channels)]

@@ -34,14 +34,14 @@ def batch_statistics(
     merge = _launches.merge(view.channels, launch.parts)
     statistics = pairs(view, input)
     partial = torch.empty((2, launch.parts, view.channels), dtype=torch.float32, device=input.device)
-    vector, strides = _vector(view, input)
+    vector, strides = vector_of(view, input)
     sizes = (*_sizes(view, vector, per_channel=True), launch.blocks, launch.part)
     constants = _constants(launch, view, vector)
     with _device.current(input):
-        moments[(launch.programs,)](input, *partial, *sizes, *strides, **constants)
+        moments[(launch.programs,)](input, *partial, *sizes, *strides, None, None, **constants)
         del constants["EVEN"]
         merge_moments[(merge.programs,)](
-            *(*partial, statistics, *running, *sizes, launch.parts, float(momentum), float(eps)),
+            *(*partial, statistics, None, *running, *sizes, launch.parts, None, float(momentum), float(eps)),
             **{**constants, "num_warps": merge.warps},
             PARTS=merge.parts,
             CHANNELS=merge.channels,
@@ -69,7 +69,7 @@ def normalize_on_chip(
     """Output, statistics and signs, reading once; moves the running statistics."""
     output, statistics = empty_dense(input, view.rows), pairs(view, input)
     signs = signs_of(view, input, _keeps(keep_signs, residual, activation))
-    vector, strides = _vector(view, input, residual)
+    vector, strides = vector_of(view, input, residual)
     with _device.current(input):
         normalize_slab[(slab.programs,)](
             *(input, residual, weight, bias, *running, statistics, output),
@@ -102,7 +102,7 @@ def normalize(
         return output, signs_of(view, input, False)
     signs = signs_of(view, input, _keeps(keep_signs, residual, activation))
     launch = _launches.elementwise(view, input.element_size(), 2 if residual is None else 3)
-    vector, strides = _vector(view, input, residual)
+    vector, strides = vector_of(view, input, residual)
     with _device.current(input):
         normalize_channels[(launch.programs,)](
             *(input, residual, *parameters, output, signs if signs.numel() else None),
@@ -138,7 +138,7 @@ def sum_up(
         partial_sum = torch.empty(shape, dtype=torch.float32, device=input.device)
     if sums is not None or grad_weight is not None:
         partial_product = torch.empty(shape, dtype=torch.float32, device=input.device)
-    vector, strides = _vector(view, grad_output, input, residual)
+    vector, strides = vector_of(view, grad_output, input, residual)
     with _device.current(input):
         sum_gradients[(launch.programs,)](
             *(*tensors, *parameters, partial_sum, partial_product, *written),
@@ -170,7 +170,7 @@ def differentiate(
     assert grad_output is not None
     assert input is not None
     launch = _launches.elementwise(view, input.element_size(), 3)
-    vector, strides = _vector(view, grad_output, input, residual)
+    vector, strides = vector_of(view, grad_output, input, residual)
     with _device.current(input):
         differentiate_channels[(launch.programs,)](
             *(*tensors, *parameters, sums, *gradients),
@@ -195,7 +195,7 @@ def differentiate_on_chip(
     grad_output, input, residual, _ = tensors
     assert grad_output is not None
     assert input is not None
-    vector, strides = _vector(view, grad_output, input, residual)
+    vector, strides = vector_of(view, grad_output, input, residual)
     with _device.current(input):
         differentiate_slab[(slab.programs,)](
             *(*tensors, *parameters, *gradients),
@@ -220,13 +220,18 @@ def view_of(input: torch.Tensor) -> ChannelView:
 
 def _irregular(name: str) -> ValueError:
     return ValueError(
-        f"batch_norm: {name} is neither planes of adjacent elements nor rows of adjacent channels, or is not what the "
+        f"{name} is neither planes of adjacent elements nor rows of adjacent channels, or is not what the "
         "input is; call .contiguous() on it first"
     )
 
 
-def _vector(view: ChannelView, *tensors: torch.Tensor | None) -> tuple[int, list[int]]:
-    """The unit of sizes, which all tensors align to, and the outer strides in it."""
+def vector_of(
+    view: ChannelView, *tensors: torch.Tensor | None, run: int | None = None
+) -> tuple[int, list[int]]:
+    """The unit of sizes, which all tensors align to, and the outer strides in it.
+
+    ``run``: how many adjacent elements a kernel takes as a line, where it is not those of a plane or row.
+    """
     strides = []
     aligned = True
     for tensor in tensors:
@@ -237,7 +242,7 @@ def _vector(view: ChannelView, *tensors: torch.Tensor | None) -> tuple[int, list
             raise _irregular("residual or grad_output")
         strides.append(seen.outer_stride)
         aligned = aligned and tensor.data_ptr() % _launch.VECTOR_BYTES == 0
-    vector = _launch.vector(view.line_elements, *strides, aligned=aligned)
+    vector = _launch.vector(view.line_elements if run is None else run, *strides, aligned=aligned)
     return vector, [stride // vector for stride in strides]
 
 
@@ -278,6 +283,13 @@ def _keeps(keep_signs: bool, residual: torch.Tensor | None, activation: int) -> 
 
 def signs_of(view: ChannelView, input: torch.Tensor, kept: bool) -> torch.Tensor:
     return torch.empty(sign_bytes(view) if kept else 0, dtype=torch.uint8, device=input.device)
+
+
+def like(parameter: Vector, input: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """An uninitialised gradient of a parameter, empty where it is not wanted."""
+    if parameter is None or not wanted:
+        return (input if parameter is None else parameter).new_empty(0)
+    return torch.empty_like(parameter)
 
 
 def exact(input: torch.Tensor, activation: int) -> bool:

@@ -1,7 +1,8 @@
 """The batch's statistics: the first half of batch norm's forward, after which SyncBatchNorm exchanges them.
 
 ``moments`` leaves mean and sum of squared deviations of every part of a channel; ``merge_moments`` merges them (Chan,
-Golub and LeVeque) into statistics and moves the running ones. One pass over the tensor.
+Golub and LeVeque) into statistics and moves the running ones. One pass over the tensor. Group norm takes both for the
+groups of every sample (_group_norm_launchers.py).
 """
 
 from __future__ import annotations
@@ -30,19 +31,28 @@ def moments(
     blocks: tl.tensor,
     part: tl.tensor,
     input_stride: tl.tensor,
+    samples: tl.tensor,
+    sample_stride: tl.tensor,
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
 ) -> None:
-    """Mean and sum of squared deviations of ``part`` units of a channel, or of a strip of channels."""
+    """Mean and sum of squared deviations of ``part`` units of a channel, or of a strip of channels.
+
+    ``samples``, ``sample_stride`` apart, have statistics of their own; None where all lines are one batch.
+    """
     line_elements = line_vectors * VECTOR
     if CHANNELS_LAST:
         channels = line_elements
     strips = (channels + BLOCK - 1) // BLOCK if CHANNELS_LAST else channels
     strip = tl.program_id(0) % strips
-    number = tl.program_id(0) // strips
+    share_row = tl.program_id(0) // strips
+    number = share_row
+    if samples is not None:
+        number = share_row // samples
+        input += (share_row - number * samples) * (sample_stride.to(tl.int64) * VECTOR)
     stride = input_stride.to(tl.int64) * VECTOR
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
@@ -100,13 +110,13 @@ def moments(
     from_mean -= error
     squares = sum_tile(squares + weights * from_mean * from_mean, CHANNELS_LAST)
     channel = columns if CHANNELS_LAST else strip + tl.zeros([1, 1], tl.int32)
-    partial = number.to(tl.int64) * channels + channel
+    partial = share_row.to(tl.int64) * channels + channel
     tl.store(partial_mean + partial, mean + error, mask=channel < channels)
     tl.store(partial_squares + partial, squares, mask=channel < channels)
 
 
 @triton.jit
-def _move(
+def move(
     running: tl.tensor,
     channel: tl.tensor,
     value: tl.tensor,
@@ -114,7 +124,7 @@ def _move(
     keep: tl.tensor,
     inside: tl.tensor,
 ) -> None:
-    """The running statistic a step towards ``value``, except where it is to ``keep`` what it has."""
+    """Move a running statistic a step towards ``value``, except where it is to ``keep`` what it has."""
     before = tl.load(running + channel, mask=inside, other=0.0).to(tl.float32)
     after = before * (1.0 - momentum) + value * momentum
     tl.store(running + channel, round_to(after, running.dtype.element_ty), mask=inside & ~keep)
@@ -143,11 +153,22 @@ def store_statistics(
         if SKIP:
             keep = ~((tl.abs(mean) < float("inf")) & (squares < float("inf")))
         unbiased = squares / tl.maximum(count - 1, 1).to(tl.float32)
-        _move(running_mean, channel, mean, momentum, keep, inside)
-        _move(running_var, channel, unbiased, momentum, keep, inside)
+        move(running_mean, channel, mean, momentum, keep, inside)
+        move(running_var, channel, unbiased, momentum, keep, inside)
     tl.store(statistics + channel, mean, mask=inside)
     tl.store(statistics + channels + channel, rstd, mask=inside)
     return rstd
+
+
+@triton.jit
+def _place(index: tl.tensor, channel: tl.tensor, channels: tl.tensor, width: tl.tensor) -> tl.tensor:
+    """The part that a partial result is of, and where it is: of ``width`` adjacent channels one after the other."""
+    number = index
+    if width is not None:
+        number = index // width
+        channel = channel * width + (index - number * width)
+        channels = channels * width
+    return number, number.to(tl.int64) * channels + channel
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -155,6 +176,7 @@ def merge_moments(
     partial_mean: tl.tensor,
     partial_squares: tl.tensor,
     statistics: tl.tensor,
+    squares_of: tl.tensor,
     running_mean: tl.tensor,
     running_var: tl.tensor,
     lines: tl.tensor,
@@ -163,6 +185,7 @@ def merge_moments(
     blocks: tl.tensor,
     part: tl.tensor,
     parts: tl.tensor,
+    width: tl.tensor,
     momentum: tl.tensor,
     eps: tl.tensor,
     VECTOR: tl.constexpr,
@@ -176,35 +199,44 @@ def merge_moments(
 ) -> None:
     """Merge the parts of CHANNELS channels, in an order that depends on the sizes alone.
 
-    ``statistics`` are mean and rstd if RSTD, else mean and sum of squared deviations.
+    ``statistics`` are mean and rstd if RSTD, else mean and sum of squared deviations; ``squares_of``, if given, gets
+    the latter beside them. A ``width`` makes groups of as many adjacent channels each, of which there are ``channels``.
     """
     line_elements = line_vectors * VECTOR
-    if CHANNELS_LAST:
+    if CHANNELS_LAST and width is None:
         channels = line_elements
     count = lines.to(tl.int64) * (1 if CHANNELS_LAST else line_elements)
+    partials = parts
+    if width is not None:
+        count *= width
+        partials *= width
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     inside = channel < channels
     units = (lines + ROWS - 1) // ROWS * blocks
     # Sums of differences from the first part's mean do not lose digits to a mean that is large beside them.
-    origin = tl.load(partial_mean + channel, mask=inside, other=0.0)
+    _, origin = _place(tl.zeros([1, 1], tl.int32), channel, channels, width)
+    origin = tl.load(partial_mean + origin, mask=inside, other=0.0)
     sums = tl.zeros([PARTS, CHANNELS], tl.float32)
-    for start in range(0, parts, PARTS):
-        number = start + tl.arange(0, PARTS)[:, None]
-        mask = inside & (number < parts)
-        means = tl.load(partial_mean + number.to(tl.int64) * channels + channel, mask=mask, other=0.0)
+    for start in range(0, partials, PARTS):
+        index = start + tl.arange(0, PARTS)[:, None]
+        mask = inside & (index < partials)
+        number, partial = _place(index, channel, channels, width)
+        means = tl.load(partial_mean + partial, mask=mask, other=0.0)
         weights = part_elements(number, part, units, lines, line_elements, blocks, ROWS, BLOCK, CHANNELS_LAST)
         sums += tl.where(mask, weights * (means - origin), 0.0)
     mean = origin + tl.sum(sums, axis=0, keep_dims=True) / count.to(tl.float32)
     sums = tl.zeros([PARTS, CHANNELS], tl.float32)
-    for start in range(0, parts, PARTS):
-        number = start + tl.arange(0, PARTS)[:, None]
-        mask = inside & (number < parts)
-        partial = number.to(tl.int64) * channels + channel
+    for start in range(0, partials, PARTS):
+        index = start + tl.arange(0, PARTS)[:, None]
+        mask = inside & (index < partials)
+        number, partial = _place(index, channel, channels, width)
         from_mean = tl.load(partial_mean + partial, mask=mask, other=0.0) - mean
         squares = tl.load(partial_squares + partial, mask=mask, other=0.0)
         weights = part_elements(number, part, units, lines, line_elements, blocks, ROWS, BLOCK, CHANNELS_LAST)
         sums += tl.where(mask, squares + weights * from_mean * from_mean, 0.0)
     squares = tl.sum(sums, axis=0, keep_dims=True)
+    if squares_of is not None:
+        tl.store(squares_of + channel, squares, mask=inside)
     if RSTD:
         store_statistics(
             statistics,

@@ -171,7 +171,7 @@ def sum_gradients(
 
 
 @triton.jit
-def _merged(
+def merged(
     partial: tl.tensor,
     channel: tl.tensor,
     channels: tl.tensor,
@@ -179,6 +179,7 @@ def _merged(
     PARTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ) -> tl.tensor:
+    """The sums of the parts of CHANNELS channels, [1, CHANNELS], in an order that depends on the sizes alone."""
     inside = channel < channels
     sums = tl.zeros([PARTS, CHANNELS], tl.float32)
     for start in range(0, parts, PARTS):
@@ -204,13 +205,13 @@ def merge_sums(
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     inside = channel < channels
     if partial_sum is not None:
-        total = _merged(partial_sum, channel, channels, parts, PARTS, CHANNELS)
+        total = merged(partial_sum, channel, channels, parts, PARTS, CHANNELS)
         if sums is not None:
             tl.store(sums + channel, total, mask=inside)
         if grad_bias is not None:
             tl.store(grad_bias + channel, round_to(total, grad_bias.dtype.element_ty), mask=inside)
     if partial_product is not None:
-        total = _merged(partial_product, channel, channels, parts, PARTS, CHANNELS)
+        total = merged(partial_product, channel, channels, parts, PARTS, CHANNELS)
         if sums is not None:
             tl.store(sums + channels + channel, total, mask=inside)
         if grad_weight is not None:

@@ -12,8 +12,8 @@ import triton.language as tl
 # Sizes known only at run time. Triton would compile a kernel anew for a size that is 1 or a multiple of 16; sizes come
 # in units of VECTOR instead, which tells the compiler what it needs to know (_launch.vector).
 SIZES = [
-    *("lines", "line_vectors", "channels", "blocks", "part", "parts"),
-    *("input_stride", "residual_stride", "grad_output_stride"),
+    *("lines", "line_vectors", "channels", "blocks", "part", "parts", "samples", "width"),
+    *("input_stride", "residual_stride", "grad_output_stride", "sample_stride"),
 ]
 
 

@@ -21,6 +21,7 @@ from fastreg.backends.triton._batch_norm_launchers import (
     differentiate,
     differentiate_on_chip,
     exact,
+    like,
     normalize,
     normalize_on_chip,
     pairs,
@@ -101,8 +102,8 @@ def batch_norm_bwd(
     wants_input, wants_residual = output_mask[0], output_mask[1]
     grad_input = empty_dense(input, view.rows) if wants_input else input.new_empty(0)
     grad_residual = empty_dense(input, view.rows) if wants_residual else input.new_empty(0)
-    grad_weight = _like(weight, input, output_mask[2])
-    grad_bias = _like(bias, input, output_mask[3])
+    grad_weight = like(weight, input, output_mask[2])
+    grad_bias = like(bias, input, output_mask[3])
     gradients = (grad_input, grad_residual, grad_weight, grad_bias)
     if input.numel() == 0:
         return grad_input, grad_residual, grad_weight.zero_(), grad_bias.zero_()
@@ -207,12 +208,6 @@ def batch_norm_bwd_apply(
         given = tuple(each if each.numel() else None for each in wanted)
         differentiate(view, tensors, (statistics, weight, bias), means, 1, given, activation, negative_slope)
     return wanted[0], wanted[1]
-
-
-def _like(parameter: Vector, input: torch.Tensor, wanted: bool) -> torch.Tensor:
-    if parameter is None or not wanted:
-        return (input if parameter is None else parameter).new_empty(0)
-    return torch.empty_like(parameter)
 
 
 def _of_activation(

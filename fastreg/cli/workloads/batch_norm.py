@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fastreg import backends, functional
 from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Point, Problem, points
 from fastreg.cli.workloads._batch_norm_truth import Setting, exact_results, silence_the_kink
+from fastreg.cli.workloads._layout import LAYOUTS, laid_out
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -38,7 +39,6 @@ def _grid(layers: tuple[tuple[int, ...], ...], relu: tuple[tuple[int, ...], ...]
     )
 
 
-LAYOUTS = ("contiguous", "channels_last")
 # One layer of each size at batch 32, and at 256 three of the deeper ones: on a CPU a step of torch's chain on
 # 256 x 256 x 56 x 56 takes seconds.
 _CHOSEN = _maps(32, ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7)))
@@ -85,13 +85,6 @@ def bytes_moved(
     return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
 
 
-def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout != "channels_last":
-        return tensor
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return tensor.contiguous(memory_format=formats[tensor.dim()])
-
-
 def make_problem(case: Case, device: torch.device, parameter_dtype: torch.dtype | None = None) -> Problem:
     """Batch norm of random samples, with random parameters: in fp32 unless another dtype is given, as mixed-precision
     training has them, or in fp64 with fp64 samples."""
@@ -103,7 +96,7 @@ def make_problem(case: Case, device: torch.device, parameter_dtype: torch.dtype 
 
     def random(dtype: torch.dtype, *shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
         values = torch.randn(*shape, generator=generator, device=device).mul_(scale).add_(shift).to(dtype)
-        return _laid_out(values, case.layout) if values.dim() > 1 else values
+        return laid_out(values, case.layout) if values.dim() > 1 else values
 
     arguments = {
         "input": random(dtype, *shape, scale=1.5, shift=0.3),
