@@ -101,7 +101,7 @@ def details(document: dict[str, Any]) -> str:
 
 def host(document: dict[str, Any]) -> str:
     """The host cost of tiny calls."""
-    headings = ("op", "call on a (2, 8) tensor", "torch eager, µs", "fastreg, µs", "fastreg / torch")
+    headings = ("op", "call on 16 elements", "torch eager, µs", "fastreg, µs", "fastreg / torch")
     return table(headings, summary.host_rows(document), left=2)
 
 

@@ -96,7 +96,12 @@ def print_summary(document: Record, console: Console) -> None:
     print_means(document, console)
     if document["host"]:
         table = Table(
-            "op", "call", "torch, µs", "fastreg, µs", "fastreg / torch", title="host cost of a (2, 8) call"
+            "op",
+            "call",
+            "torch, µs",
+            "fastreg, µs",
+            "fastreg / torch",
+            title="host cost of a call on 16 elements",
         )
         for row in summary.host_rows(document):
             table.add_row(*row)

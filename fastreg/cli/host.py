@@ -11,7 +11,7 @@ from fastreg import backends
 from fastreg.cli import timing
 from fastreg.cli.measure import Record
 from fastreg.cli.providers import EAGER
-from fastreg.cli.workloads import Case, Problem
+from fastreg.cli.workloads import Case, Problem, workload
 
 TINY = (2, 8)
 
@@ -52,7 +52,8 @@ def host_cost(
     op: str, device: torch.device, chain: str = "", rounds: int = 101, calls: int = 100
 ) -> list[Record]:
     """Microseconds that one call on a tiny fp32 tensor costs the host, torch's and ours, taking turns."""
-    problem = Case(op, TINY, torch.float32, chain=chain).problem(device)
+    shape = getattr(workload(op), "TINY", TINY)
+    problem = Case(op, shape, torch.float32, chain=chain).problem(device)
     records = []
     for way, tasks in _tasks(problem, calls).items():
         for task in tasks.values():
@@ -63,6 +64,6 @@ def host_cost(
             for name, rows in samples.items()
         }
         picked = backends.pick(op, problem.input)
-        names = {"op": op, "chain": chain, "way": way, "shape": list(TINY)}
+        names = {"op": op, "chain": chain, "way": way, "shape": list(shape)}
         records.append({**names, "picked": picked, "providers": providers})
     return records

@@ -4,7 +4,7 @@ A workload module has
 
 - ``make_problem(case, device, parameter_dtype=None)``, which returns a ``Problem``;
 - ``GRID``: the committed benchmark for each device type, and for a "rehearsal": its points, each in every dtype;
-- ``HOST_CHAINS``: the chains whose cost on the host is measured;
+- ``HOST_CHAINS``: the chains whose cost on the host is measured, on a shape ``TINY`` where two dimensions will not do;
 - ``SECONDS``: how long the rounds of one case take unless a command says otherwise;
 - ``PEERS``: the other libraries that its problems know;
 - ``CHECKS``: the points that ``python -m fastreg check`` tries.

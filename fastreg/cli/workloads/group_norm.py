@@ -58,7 +58,7 @@ GRID = {
         _maps(1, _UNET[:3]) + _maps(8, _UNET) + _maps(1, (_DECODER[0], *_DECODER[2:])), _heads(_PYRAMID[:4])
     ),
     "cuda": _grid(_maps(1, _UNET + _DECODER) + _maps(8, _UNET + _DECODER), _heads(_PYRAMID)),
-    "rehearsal": _grid(((1, 64, 8, 8),), ((2, 64, 5, 7),)),
+    "rehearsal": points([(1, 64, 8, 8)], ["contiguous"], ["silu"]),
 }
 HOST_CHAINS = ("", "silu")
 SECONDS = 3.0

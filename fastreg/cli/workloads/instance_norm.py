@@ -24,13 +24,14 @@ def _grid(style: tuple[tuple[int, ...], ...], volumes: tuple[tuple[int, ...], ..
 GRID = {
     "cpu": _grid(_STYLE, _VOLUMES),
     "cuda": _grid(_STYLE, _VOLUMES),
-    "rehearsal": _grid(((2, 8, 8, 8),), ((2, 8, 4, 4, 4),)),
+    "rehearsal": points([(2, 8, 8, 8)], ["channels_last"], ["relu"]),
 }
 HOST_CHAINS = ("", "relu")
+TINY = (2, 4, 2)
 PEERS = ()
 _MAPS = ((3, 8, 7, 7), (2, 131, 5, 3), (2, 6, 150, 217), (2, 24, 3, 5, 7))
 _CHAINS = ("", "leaky_relu", "running+relu")
 CHECKS = points(((3, 40, 5), (1, 3, 257), *_MAPS), ["contiguous"], _CHAINS)
 CHECKS += points(_MAPS, ["channels_last"], _CHAINS)
 
-__all__ = ["CHECKS", "GRID", "HOST_CHAINS", "PEERS", "SECONDS", "make_problem"]
+__all__ = ["CHECKS", "GRID", "HOST_CHAINS", "PEERS", "SECONDS", "TINY", "make_problem"]
