@@ -119,7 +119,7 @@ def make() -> str:
 
 
 def assert_few_and_small(out: Path) -> None:
-    """Results are copied from the machine with the GPU: two files a stage and the document, none large, near the top."""
+    """Results are copied from the machine with the GPU: two files a stage and the document, small, near the top."""
     files = [path for path in out.rglob("*") if path.is_file()]
     assert 0 < len(files) <= 2 * len(STAGES) + 1
     for path in files:
