@@ -25,7 +25,18 @@ from fastreg import backends, functional
 from fastreg.cli import bench, benchmark, gate, host, machine, measure, summary, timing, workloads
 from fastreg.cli.measure import COPY
 from fastreg.cli.providers import EAGER, Provider, providers_for
-from fastreg.cli.workloads import BACKWARD, BOTH, DIRECTIONS, FORWARD, Case, Problem, batch_norm
+from fastreg.cli.workloads import (
+    BACKWARD,
+    BOTH,
+    DIRECTIONS,
+    FORWARD,
+    Case,
+    Problem,
+    _maps,
+    batch_norm,
+    group_norm,
+    instance_norm,
+)
 from fastreg.cli.workloads.layer_norm import bytes_moved
 
 pytestmark = pytest.mark.backend_independent
@@ -33,14 +44,19 @@ pytestmark = pytest.mark.backend_independent
 CPU = torch.device("cpu")
 CHAIN = Case("batch_norm", (4, 8, 3, 5), torch.float32, "channels_last", "add+relu")
 SMALL = Case("layer_norm", (5, 33), torch.float32)
-# A case of every op, and of batch norm in every chain and layout that is checked.
+# A case of every op, and of the norms over channels in every chain and layout that is checked.
 KINDS = [
     ("layer_norm", (40, 129), "", ""),
     ("rms_norm", (40, 129), "", ""),
     *(
-        ("batch_norm", (6, 19, 5, 7), layout, chain)
-        for layout, chain in dict.fromkeys((layout, chain) for _, layout, chain in batch_norm.CHECKS)
+        (op, (6, 19, 5, 7), layout, chain)
+        for op, norm in (
+            *(("batch_norm", batch_norm), ("group_norm", group_norm)),
+            ("instance_norm", instance_norm),
+        )
+        for layout, chain in dict.fromkeys((layout, chain) for _, layout, chain in norm.CHECKS)
     ),
+    ("group_norm", (3, 24, 5, 7), "contiguous", "silu"),
 ]
 
 
@@ -240,14 +256,16 @@ def test_the_grid_of_batch_norm_is_of_a_resnet_50() -> None:
     assert max(math.prod(shape) for shape, _, _ in batch_norm.GRID["cpu"]) * 4 * 4 * 5 < 12e9
 
 
-def test_the_reference_is_not_timed_on_a_large_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_norm, "_REFERENCE_ELEMENTS", 100)
+@pytest.mark.parametrize("op", ["batch_norm", "group_norm", "instance_norm"])
+def test_the_reference_is_not_timed_on_large_maps(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(op, (2, 20, 4), torch.float32)
+    monkeypatch.setattr(_maps, "_REFERENCE_ELEMENTS", 100)
     monkeypatch.setattr(backends, "pick", lambda op, tensor: "native")
-    found, missing = providers_for(Case("batch_norm", (8, 20), torch.float32).problem(CPU))
+    found, missing = providers_for(case.problem(CPU))
     assert "reference" not in {provider.name for provider in found}
-    assert "plain PyTorch" in missing["reference"]
+    assert missing["reference"].endswith(f"a CPU's {op.replace('_', ' ')}")
     monkeypatch.setattr(backends, "pick", lambda op, tensor: "reference")
-    assert not Case("batch_norm", (8, 20), torch.float32).problem(CPU).left_out
+    assert not case.problem(CPU).left_out
 
 
 def test_timms_layer_is_made_of_the_problems_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-import types
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 
 import fastreg
 from fastreg.nn import external
+from stand_in_layers import install
 
 pytestmark = pytest.mark.backend_independent
 
@@ -218,20 +217,6 @@ def test_a_converted_model_compiles_and_exports() -> None:
     torch.testing.assert_close(torch.export.export(model, (input,)).module()(input), expected)
 
 
-def _install(
-    monkeypatch: pytest.MonkeyPatch, path: str, base: type[nn.Module], **members: Any
-) -> type[nn.Module]:
-    """A class at ``path``, as if its package were installed."""
-    package, _, name = path.rpartition(".")
-    parts = package.split(".")
-    for count in range(1, len(parts) + 1):
-        parent = ".".join(parts[:count])
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-    kind = type(name, (base,), {"__module__": package, **members})
-    monkeypatch.setattr(sys.modules[package], name, kind, raising=False)
-    return kind
-
-
 def _as_if_installed(monkeypatch: pytest.MonkeyPatch, path: str) -> type[nn.Module]:
     """A norm over rows at ``path``; one whose name ends in 2d is channels-first."""
     name = path.rpartition(".")[2]
@@ -244,7 +229,7 @@ def _as_if_installed(monkeypatch: pytest.MonkeyPatch, path: str) -> type[nn.Modu
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return rows(self, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if name.endswith("2d") else rows(self, x)
 
-    return _install(monkeypatch, path, nn.RMSNorm if "Rms" in name else nn.LayerNorm, forward=forward)
+    return install(monkeypatch, path, nn.RMSNorm if "Rms" in name else nn.LayerNorm, forward=forward)
 
 
 @pytest.mark.parametrize("layer", [name for name in external._LAYERS if name not in external._FUSIONS])
@@ -370,7 +355,7 @@ def test_timms_norm_with_an_activation(
     act: nn.Module, drop: nn.Module, calls: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = external._LAYERS["TimmBatchNormAct2d"][0]
-    kind = _install(monkeypatch, path, nn.BatchNorm2d, forward=_timm_forward, __init__=_timm_init)
+    kind = install(monkeypatch, path, nn.BatchNorm2d, forward=_timm_forward, __init__=_timm_init)
     monkeypatch.delitem(vars(external), "TimmBatchNormAct2d", raising=False)
     model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, act, drop))  # type: ignore[call-arg]
     plain, input = copy.deepcopy(model), torch.randn(2, 3, 5, 5)
@@ -396,7 +381,7 @@ def test_timms_norm_with_an_activation(
 
 def test_timms_norm_without_an_activation_is_fused_with_an_addition(monkeypatch: pytest.MonkeyPatch) -> None:
     path = external._LAYERS["TimmBatchNormAct2d"][0]
-    kind = _install(monkeypatch, path, nn.BatchNorm2d, forward=_timm_forward, __init__=_timm_init)
+    kind = install(monkeypatch, path, nn.BatchNorm2d, forward=_timm_forward, __init__=_timm_init)
     monkeypatch.delitem(vars(external), "TimmBatchNormAct2d", raising=False)
 
     class Residual(nn.Module):
@@ -432,7 +417,7 @@ class Frozen(nn.Module):
 
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torchvisions_frozen_norm(input_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = _install(monkeypatch, external._LAYERS["TorchvisionFrozenBatchNorm2d"][0], Frozen)
+    kind = install(monkeypatch, external._LAYERS["TorchvisionFrozenBatchNorm2d"][0], Frozen)
     monkeypatch.delitem(vars(external), "TorchvisionFrozenBatchNorm2d", raising=False)
     model: Any = nn.Sequential(kind(4), nn.ReLU())  # type: ignore[call-arg]
     plain, input = copy.deepcopy(model), torch.randn(2, 4, 5, 5, dtype=input_dtype, requires_grad=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import nn
 
 import fastreg
 from fastreg.nn import external
+from stand_in_layers import install
 
 pytestmark = pytest.mark.backend_independent
 
@@ -147,22 +146,16 @@ def test_what_is_kept() -> None:
     assert "already fastreg's" in reasons["ours"]
 
 
-def as_if_installed(monkeypatch: pytest.MonkeyPatch, layer: str) -> type[nn.GroupNorm]:
+def as_if_installed(monkeypatch: pytest.MonkeyPatch, layer: str) -> Any:
     """A class of timm's name that does what timm's does: norm, dropout, activation."""
-    package, _, name = external._LAYERS[layer][0].rpartition(".")
-    parts = package.split(".")
-    for count in range(1, len(parts) + 1):
-        parent = ".".join(parts[:count])
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    path = external._LAYERS[layer][0]
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        return self.act(self.drop(x)) if "Act" in name else x
+        return self.act(self.drop(x)) if path.endswith("Act") else x
 
-    kind = type(name, (nn.GroupNorm,), {"__module__": package, "forward": forward})
-    monkeypatch.setattr(sys.modules[package], name, kind, raising=False)
     monkeypatch.delitem(vars(external), layer, raising=False)
-    return kind
+    return install(monkeypatch, path, nn.GroupNorm, forward=forward)
 
 
 ACTS: list[tuple[Callable[[], nn.Module], Callable[[], nn.Module], list[str | None]]] = [

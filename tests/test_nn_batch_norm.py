@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastreg
+from module_examples import assert_same_state, input_of, randomised
 
 NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 SHAPES = {
@@ -34,28 +35,9 @@ OPTIONS: list[dict[str, Any]] = [
 each_module = pytest.mark.parametrize("name", NAMES)
 
 
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for each in (*module.parameters(), *module.buffers()):
-            if each.is_floating_point():
-                each.copy_(torch.rand(each.shape, generator=generator) + 0.5)
-    return module
-
-
 def pair(name: str, device: str, **options: Any) -> tuple[Any, Any]:
     ours, torchs = getattr(fastreg.nn, name)(5, **options), getattr(torch.nn, name)(5, **options)
     return randomised(ours).to(device), randomised(torchs).to(device)
-
-
-def input_of(shape: tuple[int, ...], device: str, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def assert_same_state(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    assert list(one.state_dict()) == list(other.state_dict())
-    for name, each in one.state_dict().items():
-        torch.testing.assert_close(each, other.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
 @each_module

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastreg
+from module_examples import assert_same_state, input_of, randomised
 
 SHAPES = {
     "GroupNorm": [(3, 6), (2, 6, 7), (2, 6, 3, 5), (2, 6, 2, 3, 2)],
@@ -36,29 +37,10 @@ each_module = pytest.mark.parametrize("name", SHAPES)
 each_instance_norm = pytest.mark.parametrize("name", INSTANCE_NORMS)
 
 
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for each in (*module.parameters(), *module.buffers()):
-            if each.is_floating_point():
-                each.copy_(torch.rand(each.shape, generator=generator) + 0.5)
-    return module
-
-
 def pair(name: str, device: str, **options: Any) -> tuple[Any, Any]:
     sizes = (3, 6) if name == "GroupNorm" else (6,)
     ours, torchs = (getattr(nn, name)(*sizes, **options) for nn in (fastreg.nn, torch.nn))
     return randomised(ours).to(device), randomised(torchs).to(device)
-
-
-def input_of(shape: tuple[int, ...], device: str, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def assert_same_state(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    assert list(one.state_dict()) == list(other.state_dict())
-    for name, each in one.state_dict().items():
-        torch.testing.assert_close(each, other.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
 @each_module

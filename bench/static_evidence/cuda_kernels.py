@@ -81,6 +81,15 @@ def _rows(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> torch.Te
     return (flat[:-1] if aligned else flat[1:]).view(rows, hidden)
 
 
+def _maps(
+    samples: int, channels: int, side: int, rows: bool, dtype: torch.dtype, aligned: bool
+) -> torch.Tensor:
+    elements = _rows(samples * channels, side * side, dtype, aligned)
+    if rows:
+        return elements.view(samples, side, side, channels).permute(0, 3, 1, 2)
+    return elements.view(samples, channels, side, side)
+
+
 def _call_all(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> None:
     """Forward and backward of both norms, all gradients asked for."""
     input = _rows(rows, hidden, dtype, aligned)
@@ -95,12 +104,7 @@ def _call_batch_norm(
     samples: int, channels: int, side: int, rows: bool, dtype: torch.dtype, aligned: bool
 ) -> None:
     """Training and evaluation, forward and backward, with the residual's signs and the residual itself; the halves."""
-    elements = _rows(samples * channels, side * side, dtype, aligned)
-    input = (
-        elements.view(samples, side, side, channels).permute(0, 3, 1, 2)
-        if rows
-        else elements.view(samples, channels, side, side)
-    )
+    input = _maps(samples, channels, side, rows, dtype, aligned)
     vector, statistics, everything = torch.empty(channels), torch.empty(2, channels), (True, True, True, True)
     for activation in (_activations.NAMES.index("relu"), _activations.NAMES.index("silu")):
         operands = (input, input, vector, vector)
@@ -123,12 +127,7 @@ def _call_group_norm(
     samples: int, channels: int, side: int, groups: int, rows: bool, dtype: torch.dtype, aligned: bool
 ) -> None:
     """Forward and backward, all gradients asked for; of an instance norm with its running statistics."""
-    elements = _rows(samples * channels, side * side, dtype, aligned)
-    input = (
-        elements.view(samples, side, side, channels).permute(0, 3, 1, 2)
-        if rows
-        else elements.view(samples, channels, side, side)
-    )
+    input = _maps(samples, channels, side, rows, dtype, aligned)
     vector, statistics = torch.empty(channels), torch.empty(2, samples, groups)
     activation = _activations.NAMES.index("silu")
     if groups == channels:

@@ -59,6 +59,12 @@ def resolve(kind: str, layer: ActivationLayer, options: Mapping[str, Any] | None
     return found
 
 
+def described(name: str, negative_slope: float) -> str:
+    """What a layer's ``extra_repr`` says of its activation."""
+    slope = f", negative_slope={negative_slope}" if name == "leaky_relu" else ""
+    return f"activation={name}{slope}"
+
+
 def apply(argument: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """The activation on its own, where there is nothing that it could be fused with."""
     return activate(argument, _activations.number("activation", name), negative_slope)

@@ -155,5 +155,4 @@ class BatchNormAct2d(BatchNorm2d):
         return _activation.apply(argument, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+        return f"{super().extra_repr()}, {_activation.described(self.activation, self.negative_slope)}"

@@ -102,5 +102,4 @@ class GroupNormAct(GroupNorm):
         return _activation.apply(self.drop(group_norm_of(self, input)), self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+        return f"{super().extra_repr()}, {_activation.described(self.activation, self.negative_slope)}"

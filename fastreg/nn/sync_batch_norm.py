@@ -171,8 +171,7 @@ class SyncBatchNormAct2d(SyncBatchNorm):
         return _activation.apply(argument, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
-        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        return f"{super().extra_repr()}, activation={self.activation}{slope}"
+        return f"{super().extra_repr()}, {_activation.described(self.activation, self.negative_slope)}"
 
 
 _FORWARDS = frozenset(

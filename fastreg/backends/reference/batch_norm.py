@@ -8,7 +8,7 @@ import torch
 
 from fastreg import _activations, _channels
 from fastreg.backends.reference._activations import activate, differentiate, differentiate_by_sign
-from fastreg.backends.reference._rows import accumulate_dtype
+from fastreg.backends.reference._views import accumulate_dtype, along, wide
 
 # --- the formula, differentiable -------------------------------------------------------------------------
 
@@ -27,12 +27,12 @@ def batch_norm_argument(
     statistics: torch.Tensor,
 ) -> torch.Tensor:
     """What the activation is applied to, in the dtype of computation; differentiable."""
-    x = _wide(input)
+    x = wide(input)
     mean, rstd = statistics[0], statistics[1]
     scale = rstd if weight is None else rstd * weight.to(x.dtype)
-    argument = (x - _along(mean, x)) * _along(scale, x)
+    argument = (x - along(mean, x)) * along(scale, x)
     if bias is not None:
-        argument = argument + _along(bias.to(x.dtype), x)
+        argument = argument + along(bias.to(x.dtype), x)
     return argument if residual is None else argument + residual.to(x.dtype)
 
 
@@ -136,10 +136,10 @@ def batch_norm_bwd(
 
 def batch_norm_moments(input: torch.Tensor) -> torch.Tensor:
     """Mean and sum of squared deviations of every channel, (2, C); zeros where there is nothing; differentiable."""
-    x = _wide(input)
+    x = wide(input)
     dimensions = [dimension for dimension in range(x.dim()) if dimension != 1]
     mean = x.sum(dim=dimensions) / max(_per_channel(x), 1)
-    squares = (x - _along(mean, x)).square().sum(dim=dimensions)
+    squares = (x - along(mean, x)).square().sum(dim=dimensions)
     return torch.stack((mean, squares))
 
 
@@ -205,11 +205,11 @@ def batch_norm_bwd_apply(
     if output_mask[0]:
         centred = dz
         if means is not None:
-            removed = _normalized(input, statistics) * _along(means[1], dz)
-            centred = dz - _along(means[0], dz) - removed
+            removed = _normalized(input, statistics) * along(means[1], dz)
+            centred = dz - along(means[0], dz) - removed
         rstd = statistics[1]
         scale = rstd if weight is None else rstd * weight.to(dz.dtype)
-        grad_input = _channels.dense((centred * _along(scale, dz)).to(input.dtype), rows)
+        grad_input = _channels.dense((centred * along(scale, dz)).to(input.dtype), rows)
     if output_mask[1]:
         grad_residual = _channels.dense(dz.to(input.dtype, copy=True), rows)
     return grad_input, grad_residual
@@ -246,22 +246,13 @@ def update_running_statistics(
 # --- parts -----------------------------------------------------------------------------------------------
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(accumulate_dtype(tensor.dtype))
-
-
 def _per_channel(tensor: torch.Tensor) -> int:
     return tensor.shape[0] * tensor.shape[2:].numel()
 
 
-def _along(vector: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A vector of one element a channel, shaped to meet ``tensor``."""
-    return vector.reshape(1, -1, *(1,) * (tensor.dim() - 2))
-
-
 def _normalized(input: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:
-    x = _wide(input)
-    return (x - _along(statistics[0], x)) * _along(statistics[1], x)
+    x = wide(input)
+    return (x - along(statistics[0], x)) * along(statistics[1], x)
 
 
 def _before_activation(
@@ -276,7 +267,7 @@ def _before_activation(
     negative_slope: float,
 ) -> torch.Tensor:
     """dz: the gradient of what the activation was applied to."""
-    grad = _wide(grad_output)
+    grad = wide(grad_output)
     if activation == _activations.IDENTITY:
         return grad
     if signs is not None:

@@ -9,17 +9,17 @@ import torch
 
 from fastreg import _channels
 from fastreg.backends.reference._activations import activate, differentiate
-from fastreg.backends.reference._rows import accumulate_dtype
+from fastreg.backends.reference._views import along, wide
 
 # --- the formula, differentiable -------------------------------------------------------------------------
 
 
 def group_norm_moments(input: torch.Tensor, groups: int) -> torch.Tensor:
     """Mean and sum of squared deviations of every group of every sample, (2, N, groups); differentiable."""
-    x = _wide(input)
+    x = wide(input)
     count = max(elements_of_group(input, groups), 1)
     mean = _over_group(_over_space(x), groups) / count
-    squares = _over_group(_over_space((x - _along(mean, x)).square()), groups)
+    squares = _over_group(_over_space((x - _of_groups(mean, x)).square()), groups)
     return torch.stack((mean, squares))
 
 
@@ -75,18 +75,18 @@ def group_norm_bwd(
     grad_weight = (input if weight is None else weight).new_empty(0)
     grad_bias = (input if bias is None else bias).new_empty(0)
     argument = _argument(input, statistics, weight, bias)
-    dz = differentiate(_wide(grad_output), argument, activation, negative_slope)
-    rstd = _along(statistics[1], dz)
-    normalized = (_wide(input) - _along(statistics[0], dz)) * rstd
+    dz = differentiate(wide(grad_output), argument, activation, negative_slope)
+    rstd = _of_groups(statistics[1], dz)
+    normalized = (wide(input) - _of_groups(statistics[0], dz)) * rstd
     plain, projected = _over_space(dz), _over_space(dz * normalized)
     if output_mask[0]:
         scaled, factor = dz, None
         if weight is not None:
             factor = weight.to(dz.dtype)
-            scaled = dz * _of_channels(factor, dz)
+            scaled = dz * along(factor, dz)
         count = max(elements_of_group(input, groups), 1)
         means = [
-            _along(_over_group(sums if factor is None else sums * factor, groups) / count, dz)
+            _of_groups(_over_group(sums if factor is None else sums * factor, groups) / count, dz)
             for sums in (plain, projected)
         ]
         centred = scaled - means[0] - normalized * means[1]
@@ -138,16 +138,12 @@ def _argument(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """What the activation is applied to, in the dtype of computation."""
-    x = _wide(input)
-    scale = _along(statistics[1], x)
+    x = wide(input)
+    scale = _of_groups(statistics[1], x)
     if weight is not None:
-        scale = scale * _of_channels(weight.to(x.dtype), x)
-    argument = (x - _along(statistics[0], x)) * scale
-    return argument if bias is None else argument + _of_channels(bias.to(x.dtype), x)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(accumulate_dtype(tensor.dtype))
+        scale = scale * along(weight.to(x.dtype), x)
+    argument = (x - _of_groups(statistics[0], x)) * scale
+    return argument if bias is None else argument + along(bias.to(x.dtype), x)
 
 
 def _over_space(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,14 +157,9 @@ def _over_group(sums: torch.Tensor, groups: int) -> torch.Tensor:
     return sums.reshape(sums.shape[0], groups, channels_of_group(sums.shape[1], groups)).sum(dim=2)
 
 
-def _along(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+def _of_groups(values: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Values of (N, groups), shaped to meet ``tensor``."""
     samples, groups = values.shape
     channels = tensor.shape[1]
     spread = values[:, :, None].expand(samples, groups, channels_of_group(channels, groups))
     return spread.reshape(samples, channels, *(1,) * (tensor.dim() - 2))
-
-
-def _of_channels(vector: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A vector of one element a channel, shaped to meet ``tensor``."""
-    return vector.reshape(1, -1, *(1,) * (tensor.dim() - 2))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fastreg.backends.reference._rows import as_row, as_rows
+from fastreg.backends.reference._views import as_row, as_rows
 
 
 def layer_norm_statistics(input: torch.Tensor, normalized_ndim: int, eps: float) -> torch.Tensor:

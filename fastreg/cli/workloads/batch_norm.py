@@ -12,10 +12,10 @@ import importlib
 import torch
 from torch.nn import functional as F
 
-from fastreg import backends, functional
+from fastreg import functional
 from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Point, Problem, points
 from fastreg.cli.workloads._batch_norm_truth import Setting, exact_results, silence_the_kink
-from fastreg.cli.workloads._layout import LAYOUTS, laid_out
+from fastreg.cli.workloads._maps import LAYOUTS, drawer, left_out
 
 EPS = 1e-5
 MOMENTUM = 0.1
@@ -57,9 +57,6 @@ _MAPS = ((2, 5, 1, 1), (3, 8, 7, 7), (2, 131, 5, 3), (2, 3, 150, 217), (16, 64, 
 _CHAINS = ("", "relu", "add+relu", "evaluation", "evaluation+add+relu")
 CHECKS = points((*_FLAT, *_MAPS), ["contiguous"], _CHAINS) + points(_MAPS, ["channels_last"], _CHAINS)
 
-# On a CPU plain PyTorch takes seconds, and many times the tensor's memory, beyond this.
-_REFERENCE_ELEMENTS = 2**22
-
 
 def bytes_moved(
     elements: int, channels: int, element: int, parameter_element: int, residual: bool
@@ -91,13 +88,7 @@ def make_problem(case: Case, device: torch.device, parameter_dtype: torch.dtype 
     words = case.chain.split("+")
     shape, dtype, channels = case.shape, case.dtype, case.shape[1]
     parameter_dtype = parameter_dtype or torch.promote_types(dtype, torch.float32)
-    # Drawn where they are used: a large tensor takes a CPU seconds.
-    generator = torch.Generator(device).manual_seed(sum(shape))
-
-    def random(dtype: torch.dtype, *shape: int, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator, device=device).mul_(scale).add_(shift).to(dtype)
-        return laid_out(values, case.layout) if values.dim() > 1 else values
-
+    random = drawer(case, device)
     arguments = {
         "input": random(dtype, *shape, scale=1.5, shift=0.3),
         "weight": random(parameter_dtype, channels, scale=0.5, shift=1.0),
@@ -155,7 +146,7 @@ def make_problem(case: Case, device: torch.device, parameter_dtype: torch.dtype 
         },
         truth=lambda: exact_results(arguments, buffers, setting, grad_output),
         buffers=buffers,
-        left_out=_left_out(case.op, arguments["input"]),
+        left_out=left_out(case.op, arguments["input"]),
     )
 
 
@@ -188,13 +179,3 @@ def _timm(chain: str, arguments: dict[str, torch.Tensor], buffers: dict[str, tor
     for name, tensor in buffers.items():
         setattr(module, name, tensor)
     return lambda input, weight, bias: module(input)
-
-
-def _left_out(op: str, input: torch.Tensor) -> dict[str, str]:
-    """The reference is timed on small tensors only, unless it is what a user's call runs."""
-    large = input.device.type == "cpu" and input.numel() > _REFERENCE_ELEMENTS
-    if not large or backends.pick(op, input) == "reference":
-        return {}
-    return {
-        "reference": "plain PyTorch takes seconds a step on more than 4 million elements of a CPU's batch norm"
-    }

@@ -4,7 +4,7 @@
 """
 
 from fastreg.cli.workloads import Point, points
-from fastreg.cli.workloads._layout import LAYOUTS
+from fastreg.cli.workloads._maps import LAYOUTS
 from fastreg.cli.workloads.group_norm import SECONDS, make_problem
 
 # The encoder of a style-transfer net on images of 256 x 256, and a 3-D U-Net on blocks of 64 x 64 x 64.

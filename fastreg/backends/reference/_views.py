@@ -1,4 +1,4 @@
-"""The two-dimensional view that row-wise ops work on."""
+"""The dtype of computation, the two-dimensional view of the norms over rows, and vectors of the norms over channels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in the dtype of computation."""
+    return tensor.to(accumulate_dtype(tensor.dtype))
+
+
 def as_rows(tensor: torch.Tensor, normalized_ndim: int) -> torch.Tensor:
     """``tensor`` as (rows, hidden size) in the dtype of computation."""
     hidden = math.prod(tensor.shape[tensor.dim() - normalized_ndim :])
@@ -22,3 +27,8 @@ def as_rows(tensor: torch.Tensor, normalized_ndim: int) -> torch.Tensor:
 def as_row(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A weight or bias as one row, in the dtype of computation."""
     return parameter.reshape(-1).to(dtype)
+
+
+def along(vector: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A vector of one element a channel, shaped to meet ``tensor``."""
+    return vector.reshape(1, -1, *(1,) * (tensor.dim() - 2))
