@@ -1,6 +1,6 @@
 """Makes the README's measured tables from the committed results.
 
-python -m bench.report                       the tables of every machine's newest complete result, as markdown
+python -m bench.report                       the tables of every machine's newest complete results, as markdown
 python -m bench.report --readme README.md    put them between the two markers of that file
 python -m bench.report --check README.md     exit code 1 if the file's tables are not those of the results
 """
@@ -24,7 +24,9 @@ BEGIN, END = "<!-- measured -->", "<!-- /measured: python -m bench.report --read
 
 
 def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Each machine's newest complete result, GPUs first.
+    """Each machine's newest complete results, GPUs first; of each document what no newer one has.
+
+    Of one day those that name their ops count as newer than one of all.
 
     Raises:
         ValueError: a result of a schema that this report does not know.
@@ -33,12 +35,20 @@ def newest(results: Path) -> list[tuple[Path, dict[str, Any]]]:
     for directory in sorted(path for path in results.glob("*") if path.is_dir()):
         # Named by their date; the folder static/ has tables that are no machine's.
         dated = directory.glob("[0-9]*.json")
-        paths = sorted(path for path in dated if not path.stem.endswith("-partial"))
-        if paths:
+        complete = (path for path in dated if not path.stem.endswith("-partial"))
+        covered: set[str] = set()
+        for path in sorted(complete, key=lambda path: path.stem, reverse=True):
             try:
-                found.append((paths[-1], upgraded(json.loads(paths[-1].read_text()))))
+                document = upgraded(json.loads(path.read_text()))
             except ValueError as error:
-                raise ValueError(f"{paths[-1]} has {error}") from None
+                raise ValueError(f"{path} has {error}") from None
+            ops = [op for op in document["ops"] if op not in covered]
+            covered.update(ops)
+            if ops:
+                lists = {
+                    key: [each for each in document[key] if each["op"] in ops] for key in ("cases", "host")
+                }
+                found.append((path, {**document, "ops": ops, **lists}))
     return sorted(found, key=lambda pair: pair[1]["machine"]["device"], reverse=True)
 
 
@@ -111,7 +121,7 @@ def section(path: Path, document: dict[str, Any], root: Path) -> str:
     copy = document["large_copy"]["gigabytes_per_second"]
     untimed = "".join(f"- not timed: {line}\n" for line in summary.untimed(document))
     return (
-        f"### {document['machine']['name']}\n\n"
+        f"### {document['machine']['name']}: {', '.join(document['ops'])}\n\n"
         f"{summary.machine_line(document)}; a large copy reaches {copy} GB/s. From [{shown}]({shown}).\n\n"
         "Geometric means over the shapes, fastreg's speed over the other's; GB/s is the op's minimum traffic over the "
         "time, its share that of a copy of the input in the same rounds:\n\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import math
 import subprocess
@@ -24,7 +23,7 @@ from bench.gpu import timing as gpu_timing
 from fastreg import backends, functional
 from fastreg.cli import bench, benchmark, gate, host, machine, measure, summary, timing, workloads
 from fastreg.cli.measure import COPY
-from fastreg.cli.providers import EAGER, Provider, providers_for
+from fastreg.cli.providers import COMPILE, EAGER, Provider, providers_for
 from fastreg.cli.workloads import (
     BACKWARD,
     BOTH,
@@ -242,14 +241,14 @@ def test_bytes_of_a_batch_norm_are_what_stays_on_chip_needs(chain: str) -> None:
 
 
 def test_the_grid_of_batch_norm_is_of_a_resnet_50() -> None:
-    for device_type, layers in (("cpu", 9), ("cuda", 24)):
+    for device_type, layers, relu in (("cpu", 9, 9), ("cuda", 12, 6)):
         points = batch_norm.GRID[device_type]
         assert len(set(points)) == len(points)
         shapes = {shape for shape, _, _ in points}
         assert {shape[0] for shape in shapes} == {32, 256}
         assert {(shape[1], shape[2]) for shape in shapes} <= set(batch_norm.RESNET_50)
         kinds = Counter((layout, chain) for _, layout, chain in points)
-        counts = {"": layers, "relu": 9, "add+relu": layers}
+        counts = {"": layers, "relu": relu, "add+relu": layers}
         assert kinds == {(layout, chain): counts[chain] for layout in batch_norm.LAYOUTS for chain in counts}
         assert len(set(benchmark.cases("batch_norm", device_type))) == 2 * len(points)
     # Three activations and a gradient for each of five providers.
@@ -414,11 +413,12 @@ def test_result_document_has_everything_that_a_figure_needs(document: dict[str, 
 
 def test_saved_document_is_json_with_a_line_a_record(document: dict[str, Any], tmp_path: Path) -> None:
     path = bench.save(document, tmp_path)
-    assert path == tmp_path / document["machine"]["slug"] / f"{document['date']}.json"
+    ops = "batch_norm-layer_norm-rms_norm"
+    assert path == tmp_path / document["machine"]["slug"] / f"{document['date']}-{ops}.json"
     assert json.loads(path.read_text()) == document
     assert sum(line.startswith('  {"op"') for line in path.read_text().splitlines()) == 9 + 12
     partial = bench.save({**document, "complete": False, "host": []}, tmp_path)
-    assert partial.name == f"{document['date']}-partial.json"
+    assert partial.name == f"{path.stem}-partial.json"
     assert json.loads(partial.read_text())["host"] == []
     assert [found for found, _ in report.newest(tmp_path)] == [path]
 
@@ -474,7 +474,7 @@ def test_report_of_stored_results(document: dict[str, Any], tmp_path: Path) -> N
     assert text.startswith("# before\n")
     assert text.endswith("after\n")
     slug = document["machine"]["slug"]
-    assert f"(bench/results/{slug}/{document['date']}.json)" in text
+    assert f"(bench/results/{slug}/{bench.path_of(document, tmp_path).name})" in text
     median = summary.number(document["cases"][0]["providers"][EAGER]["milliseconds"]["median"])
     assert f"| layer_norm | float32 | 5 x 33 | forward | {median} |" in text
     assert "| rms_norm | bfloat16 | forward+backward |" in text
@@ -505,6 +505,34 @@ def test_the_first_schema_is_still_read(document: dict[str, Any], tmp_path: Path
     assert report.section(tmp_path, found, tmp_path) == expected
 
 
+def test_report_takes_each_op_from_the_newest_document_that_has_it(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of one day the document of some ops is the newer one; a partial one is none at all."""
+
+    def saved(date: str, ops: list[str], complete: bool = True) -> Path:
+        lists = {key: [each for each in document[key] if each["op"] in ops] for key in ("cases", "host")}
+        return bench.save({**document, **lists, "date": date, "ops": ops, "complete": complete}, tmp_path)
+
+    everything = list(workloads.names())
+    old = saved("2026-01-01", everything)
+    saved("2026-01-02", ["layer_norm"])
+    newest = saved("2026-01-03", ["layer_norm", "rms_norm"])
+    saved("2026-01-04", ["batch_norm"], complete=False)
+    (first, one), (second, two) = report.newest(tmp_path)
+    assert [(first, one["ops"]), (second, two["ops"])] == [
+        (newest, ["layer_norm", "rms_norm"]),
+        (old, ["batch_norm", "group_norm", "instance_norm"]),
+    ]
+    assert {record["op"] for record in one["cases"]} == {"layer_norm", "rms_norm"}
+    assert {record["op"] for record in [*two["cases"], *two["host"]]} == {"batch_norm"}
+    assert report.section(second, two, tmp_path).startswith(
+        f"### {document['machine']['name']}: batch_norm, "
+    )
+    saved("2026-01-03", everything)
+    assert report.newest(tmp_path)[0][0] == newest
+
+
 def test_report_refuses_an_unknown_schema(document: dict[str, Any], tmp_path: Path) -> None:
     bench.save({**document, "schema": 99}, tmp_path)
     with pytest.raises(ValueError, match="has schema 99"):
@@ -530,31 +558,60 @@ def test_summary_prints_every_table(document: dict[str, Any]) -> None:
 
 def test_every_kind_of_case_comes_early() -> None:
     cases = gpu_timing.spread(benchmark.cases("batch_norm", "cuda"))
-    assert len(set(cases)) == len(cases) == 228
+    assert len(set(cases)) == len(cases) == 120
     kinds = [(case.dtype, case.layout, case.chain) for case in cases]
     assert len(set(kinds[:12])) == 12
-    # Nine shapes of every kind; of those with a ReLU only there are no more.
-    assert kinds[: 9 * 12] == kinds[:12] * 9
+    # Six shapes of every kind; of those with a ReLU only there are no more.
+    assert kinds[: 6 * 12] == kinds[:12] * 6
     rest = [kind for kind in kinds[:12] if kind[2] != "relu"]
-    assert kinds[9 * 12 :] == rest * 15
-    compiled = {case.shape for case in cases} & set(gpu_timing._COMPILED["batch_norm"])
-    assert compiled == set(gpu_timing._COMPILED["batch_norm"])
+    assert kinds[6 * 12 :] == rest * 6
+
+
+def test_a_gpu_waits_for_its_host() -> None:
+    """For the slowest of the last calls, a bit longer; never for nothing and never for long."""
+    assert timing.waiting_cycles([1e-3, 2e-3, 5e-4]) == pytest.approx(1.5 * 2e-3 * 2e9)
+    assert timing.waiting_cycles([0.0]) == pytest.approx(1e-4 * 2e9)
+    assert timing.waiting_cycles([1e-3, 60.0]) == pytest.approx(1e-2 * 2e9)
+
+
+@pytest.mark.parametrize("op", workloads.names())
+def test_torch_compile_is_timed_on_shapes_of_the_grid(op: str) -> None:
+    shapes = {case.shape for case in benchmark.cases(op, "cuda")}
+    assert set(gpu_timing._COMPILED[op]) <= shapes
 
 
 def test_a_gpus_run_goes_on_where_the_earlier_one_ended(document: dict[str, Any], tmp_path: Path) -> None:
-    new = {**deepcopy(document), "cases": [], "host": [], "seconds": 0}
+    new = {**deepcopy(document), "complete": False, "cases": [], "host": [], "seconds": 0}
     new["large_copy"] = {"bytes": 1, "gigabytes_per_second": 1.0}
-
-    def ops(ops: list[str]) -> list[str]:
-        found = gpu_timing.continued(deepcopy(new), tmp_path, ops)
-        assert found["large_copy"] == document["large_copy"] or not found["cases"]
-        return list(dict.fromkeys(record["op"] for record in itertools.chain(found["cases"], found["host"])))
-
-    assert ops(["batch_norm"]) == []
-    bench.save(document, tmp_path)
+    assert gpu_timing.continued(deepcopy(new), tmp_path) == new
     # Complete: what is measured now replaces what was.
-    assert ops(["batch_norm"]) == ["layer_norm", "rms_norm"]
-    bench.save({**document, "complete": False}, tmp_path)
-    assert ops(["batch_norm"]) == ["layer_norm", "rms_norm", "batch_norm"]
-    bench.save({**document, "complete": False, "commit": "another"}, tmp_path)
-    assert ops(["batch_norm"]) == ["layer_norm", "rms_norm"]
+    bench.save(document, tmp_path)
+    assert gpu_timing.continued(deepcopy(new), tmp_path) == new
+    earlier = {**document, "complete": False}
+    bench.save(earlier, tmp_path)
+    assert gpu_timing.continued(deepcopy(new), tmp_path) == earlier
+    bench.save({**earlier, "commit": "another"}, tmp_path)
+    assert gpu_timing.continued(deepcopy(new), tmp_path) == new
+    # Of other ops.
+    bench.save(earlier, tmp_path)
+    other = {**new, "ops": new["ops"][:1]}
+    assert gpu_timing.continued(deepcopy(other), tmp_path) == other
+
+
+def test_what_a_gpu_compiles_is_run_before_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def function(name: str) -> Any:
+        def run(*arguments: torch.Tensor) -> torch.Tensor:
+            ran.append(name)
+            if name == "triton":
+                raise RuntimeError("no kernel\nat all")
+            return torch.nn.functional.layer_norm(arguments[0], arguments[0].shape[1:], *arguments[1:])
+
+        return run
+
+    everybody = [Provider(name, function(name), peer=False) for name in (EAGER, COMPILE, "triton", "native")]
+    monkeypatch.setattr(gpu_timing, "providers_for", lambda problem: (everybody, {}))
+    monkeypatch.setitem(gpu_timing._COMPILED, "layer_norm", (SMALL.shape,))
+    assert gpu_timing.run_once(SMALL, CPU) == "triton: RuntimeError: ['no kernel']"
+    assert ran == [COMPILE, "triton"]

@@ -99,7 +99,9 @@ def test_memory_of_a_call(spec: OpSpec) -> None:
     case, tensors = example(spec, "cuda", rows=8192)
     input = tensors["input"]
     assert input is not None
-    forward_and_backward(spec, case, tensors)
+    results = sum(each.nbytes for each in forward_and_backward(spec, case, tensors))
+    # Group norm has two sums in fp32 for each channel of each sample, of which there are as many as elements here.
+    sums = 8 * input.numel() if spec.name == "group_norm" else 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -110,4 +112,4 @@ def test_memory_of_a_call(spec: OpSpec) -> None:
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * input.nbytes
     del output
     forward_and_backward(spec, case, tensors)
-    assert torch.cuda.max_memory_allocated() - before <= 2.5 * input.nbytes
+    assert torch.cuda.max_memory_allocated() - before <= 1.25 * results + sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ from bench.gpu.process import run
 from bench.gpu.stage import Outcome, Settings, one_line, table, write_log
 from bench.gpu.suite import environment
 
-# Seconds for the rounds of a case. 36 cases of nine shapes of the norms over rows take torch.compile and the gate some
-# ten seconds each on top; batch norm has 228, group and instance norm 116, and time for torch.compile in a few of them
-# only.
+# The ops, and seconds for the rounds of a case, of which there are 36, 120 and 116.
 STAGES = {
-    "bench": (("layer_norm", "rms_norm"), 2.0),
-    "bench_batch_norm": (("batch_norm",), 0.5),
-    "bench_group_norm": (("group_norm", "instance_norm"), 0.5),
+    "bench": (("layer_norm", "rms_norm"), 0.5),
+    "bench_batch_norm": (("batch_norm",), 0.2),
+    "bench_group_norm": (("group_norm", "instance_norm"), 0.2),
 }
 _REHEARSED_SECONDS = 0.1
 # For the host's cost after the cases, and for the process to end.
-_RESERVE = 30.0
+_RESERVE = 15.0
 _OURS = ("triton", "native")
 _OTHERS = ("eager", "compile", "reference")
+# Processes that compile; each also holds the tensors of a case.
+_COMPILING = 14
 # More lines than this are not read by anybody: the rest is in the document.
 _MOST_CASES = 40
 
@@ -109,12 +110,28 @@ def stage(name: str, settings: Settings) -> Outcome:
     outcome = Outcome(name)
     command: list[str | Path] = [sys.executable, "-m", "bench.gpu.timing", "--device", machine.device]
     command += ["--out", out, "--seconds", str(_REHEARSED_SECONDS if machine.rehearsal else seconds)]
-    command += ["--ops", ",".join(ops)]
-    command += ["--left", f"{max(0.0, settings.deadline.left - _RESERVE):.0f}"]
+    command += ["--ops", ",".join(ops), "--left"]
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*.json")}
-    variables = {**environment(machine), "OMP_NUM_THREADS": str(max(1, machine.cores // 2))}
+    variables = environment(machine)
+
+    def left() -> str:
+        return f"{max(0.0, settings.deadline.left - _RESERVE):.0f}"
+
+    parts = 0 if machine.rehearsal else settings.jobs or max(1, min(_COMPILING, machine.cores - 2))
+
+    def compile_part(part: int) -> None:
+        # Its log alone says what went wrong: the measurement meets it again.
+        where = WORK / name / f"compile-{part}.log"
+        where.unlink(missing_ok=True)
+        run([*command, left(), "--compile", f"{part}/{parts}"], where, settings.deadline, variables)
+
+    with ThreadPoolExecutor(max(1, parts)) as pool:
+        list(pool.map(compile_part, range(1, parts + 1)))
+    outcome.summary.append(f"compiled by {parts} processes, until {settings.deadline.used:.0f} s")
+    variables["OMP_NUM_THREADS"] = str(max(1, machine.cores // 2))
+    command.append(left())
     finished = run(command, log, settings.deadline, variables)
-    write_log(out / f"{name}.log", [WORK / "build.log", log])
+    write_log(out / f"{name}.log", [WORK / "build.log", *sorted((WORK / name).glob("*.log"))])
     written = [path for path in out.glob("*/*.json") if before.get(path) != path.stat().st_mtime_ns]
     if finished.code == 3 or finished.stopped:
         outcome.unfinished.append(f"{finished.stopped or 'some cases did not fit'}: {finished.last_lines(1)}")
@@ -127,7 +144,7 @@ def stage(name: str, settings: Settings) -> Outcome:
         return outcome
     path = max(written, key=lambda each: each.stat().st_mtime_ns)
     document = json.loads(path.read_text())
-    report({**document, "cases": [each for each in document["cases"] if each["op"] in ops]}, outcome)
+    report(document, outcome)
     where = path.relative_to(out)
     if machine.rehearsal:
         outcome.summary.append(f"saved {where}, a rehearsal: no result of any machine")
@@ -135,8 +152,8 @@ def stage(name: str, settings: Settings) -> Outcome:
         outcome.summary.append(
             f"saved {where}; copied into bench/results/, `python -m bench.report` shows it"
             if "-partial" not in where.name
-            else f"saved {where}, which lacks cases: bench/results/ takes complete ones only. The stages "
-            f"{', '.join(STAGES)} go on with it, on the same day and with the same OUT"
+            else f"saved {where}, which lacks cases: bench/results/ takes complete ones only. The stage goes on with "
+            "it on the same day, with the same OUT"
         )
     return outcome
 

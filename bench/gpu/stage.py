@@ -33,7 +33,7 @@ class Settings:
     deadline: Deadline
     jobs: int | None = None
     tests: tuple[str, ...] = ("tests",)
-    backends: tuple[str, ...] = ("triton", "native", "reference")
+    backends: tuple[str, ...] = ("native", "triton", "reference")
     sanitizer: Path | None = None
 
 

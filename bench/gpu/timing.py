@@ -3,9 +3,11 @@
     python -m bench.gpu.timing --device cuda --out build/gpu/results --seconds 2 --left 400 --ops layer_norm,rms_norm
 
 Cases come in an order that covers every op, dtype, layout and chain early, and none is begun that would not end in
-time. A run goes on where an earlier one of the same day, machine and commit ended, and keeps what it has of other ops.
-When all ops are there the document is saved as bench/results/ has it, <machine>/<date>.json; until then it is
-<date>-partial.json.
+time. A run goes on where an earlier one of the same day, machine and commit ended. When all cases are there the
+document is saved as bench/results/ has it, <machine>/<date>-<ops>.json; until then its name ends in -partial.
+
+With ``--compile 3/8`` nothing is measured: every eighth case runs once, so that the caches of Triton and of
+torch.compile have its kernels. Compiling takes longer than measuring, and eight processes do it on eight cores.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from fastreg.cli import benchmark, summary, timing
-from fastreg.cli.bench import save
+from fastreg.cli import bench, benchmark, summary, timing
 from fastreg.cli.host import host_cost
 from fastreg.cli.measure import Measured, Record, measure
 from fastreg.cli.providers import COMPILE, Provider, providers_for
@@ -30,8 +31,10 @@ from fastreg.cli.workloads import BACKWARD, DIRECTIONS, FORWARD, Case, Problem, 
 # Both buffers are many times larger than any L2 cache.
 _COPY_BYTES = 2**30
 _REHEARSED_COPY_BYTES = 2**22
-# Of an op with hundreds of cases torch.compile, which takes seconds to compile each, is timed on these shapes alone.
+# torch.compile, which takes seconds to compile each, is timed on these shapes alone.
 _COMPILED = {
+    "layer_norm": ((2**16, 1024), (2**14, 4096), (2**10, 65536)),
+    "rms_norm": ((2**16, 1024), (2**14, 4096), (2**10, 65536)),
     "batch_norm": ((32, 512, 28, 28), (256, 256, 56, 56), (256, 1024, 14, 14)),
     "group_norm": ((8, 320, 64, 64), (1, 512, 64, 64), (2, 256, 100, 152)),
     "instance_norm": ((4, 64, 128, 128), (2, 64, 32, 32, 32)),
@@ -62,48 +65,52 @@ def warm_up(device: torch.device, seconds: float = 1.5) -> None:
             torch.cuda.synchronize(device)
 
 
-def uncompiled(problem: Problem, why: str) -> tuple[list[Provider], dict[str, str]]:
-    """Everybody but torch.compile, which would take most of the time."""
+def without(problem: Problem, reasons: dict[str, str]) -> tuple[list[Provider], dict[str, str]]:
+    """Everybody but those that there is a reason for."""
     found, missing = providers_for(problem)
-    return [each for each in found if each.name != COMPILE], {**missing, COMPILE: why}
+    return [each for each in found if each.name not in reasons], {**missing, **reasons}
 
 
 def in_time(problem: Problem) -> tuple[list[Provider], dict[str, str]]:
-    """Everybody, torch.compile on some shapes only where there are many."""
-    shapes = _COMPILED.get(problem.op)
-    if shapes is None or tuple(problem.input.shape) in shapes:
-        return providers_for(problem)
-    return uncompiled(problem, "timed on a few shapes only, since compiling takes seconds a case")
+    """Everybody whom there is time for."""
+    reasons = {"reference": "plain PyTorch runs where no kernel does; a GPU's minutes go to the kernels"}
+    if tuple(problem.input.shape) not in _COMPILED[problem.op]:
+        reasons[COMPILE] = "timed on a few shapes only, since compiling takes seconds a case"
+    return without(problem, reasons)
 
 
 def rehearsed(problem: Problem) -> tuple[list[Provider], dict[str, str]]:
     """Everybody but torch.compile."""
-    return uncompiled(problem, "left out of the rehearsal")
+    return without(problem, {COMPILE: "left out of the rehearsal"})
 
 
-def continued(document: Record, out: Path, ops: list[str]) -> Record:
-    """The header of a new document with what an earlier run of the same day, machine and commit measured.
+def continued(document: Record, out: Path) -> Record:
+    """A new document with what an earlier run of the same ops, day, machine and commit measured before it ended.
 
-    A partial document is gone on with; of a complete one the cases of these ops are measured again. The copy bandwidth,
-    which all shares are of, is the higher of the two.
+    The copy bandwidth, which all shares are of, is the higher of the two.
     """
-    stem = out / document["machine"]["slug"] / document["date"]
-    for path, kept in (
-        (Path(f"{stem}-partial.json"), names()),
-        (Path(f"{stem}.json"), set(names()) - set(ops)),
-    ):
-        if not path.exists():
-            continue
-        earlier = json.loads(path.read_text())
-        if any(earlier.get(key) != document[key] for key in ("schema", "machine", "versions", "commit")):
-            continue
-        for key in ("cases", "host"):
-            document[key] = [record for record in earlier[key] if record["op"] in kept]
-        document["seconds"] = earlier["seconds"]
-        copies = (earlier["large_copy"], document["large_copy"])
-        document["large_copy"] = max(copies, key=lambda copy: copy["gigabytes_per_second"])
-        break
-    return document
+    path = bench.path_of(document, out)
+    if not path.exists():
+        return document
+    earlier: Record = json.loads(path.read_text())
+    if any(earlier.get(key) != document[key] for key in ("schema", "machine", "versions", "commit")):
+        return document
+    copies = (earlier["large_copy"], document["large_copy"])
+    return {**earlier, "large_copy": max(copies, key=lambda copy: copy["gigabytes_per_second"])}
+
+
+def run_once(case: Case, device: torch.device) -> str:
+    """Run whatever compiles something for a case, forward and backward; what went wrong, in a line."""
+    problem = case.problem(device)
+    wrong = ""
+    for provider in in_time(problem)[0]:
+        if provider.name in (COMPILE, "triton"):
+            try:
+                with provider.context():
+                    problem.results(provider.function)
+            except Exception as error:  # noqa: BLE001 - a failure is a result, which the measurement will show
+                wrong = f"{provider.name}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+    return wrong
 
 
 def line(found: Measured, copy: float) -> str:
@@ -127,32 +134,37 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, required=True, help="for the rounds of one case")
     parser.add_argument("--left", type=float, required=True, help="seconds until all must be done")
     parser.add_argument("--ops", default=",".join(names()), help="separated by commas; all if not given")
+    parser.add_argument("--compile", help="3/8: only run every eighth case from the third on, once")
     options = parser.parse_args()
     ops = options.ops.split(",")
     start = time.perf_counter()
     rehearsal = options.device == "cpu"
     device = torch.device("cpu") if rehearsal else torch.device("cuda", torch.cuda.current_device())
+    which = "rehearsal" if rehearsal else device.type
+    grid = [case for op in ops for case in benchmark.cases(op, which)]
+    if options.compile:
+        part, parts = map(int, options.compile.split("/"))
+        for case in spread(grid)[part - 1 :: parts]:
+            if time.perf_counter() - start > options.left:
+                return 3
+            print(f"{case}: {run_once(case, device) or 'ran'}", flush=True)
+        return 0
     warm_up(device)
-    document = benchmark.new_document(
-        device, complete=False, copy_size=_REHEARSED_COPY_BYTES if rehearsal else _COPY_BYTES
-    )
+    copy_size = _REHEARSED_COPY_BYTES if rehearsal else _COPY_BYTES
+    document = benchmark.new_document(device, False, ops, copy_size)
     document["commit"] = document["commit"] or os.environ.get("FASTREG_COMMIT") or None
     if rehearsal:
         document["rehearsal"] = True
         document["machine"]["slug"] = "rehearsal"
-    document = continued(document, options.out, ops)
+    document = continued(document, options.out)
     before = document["seconds"]
     copy = document["large_copy"]["gigabytes_per_second"]
     print(
         f"copy bandwidth: {copy} GB/s ({document['large_copy']['bytes']} bytes read and written)", flush=True
     )
 
-    which = "rehearsal" if rehearsal else device.type
-    place = {
-        str(case): index for index, case in enumerate(c for op in names() for c in benchmark.cases(op, which))
-    }
+    place = {str(case): index for index, case in enumerate(grid)}
     there = {describe(record) for record in document["cases"]}
-    grid = [case for op in ops for case in benchmark.cases(op, which)]
     left = [case for case in spread(grid) if str(case) not in there]
     clock = timing.clock_for(device)
     measured, longest = 0, 0.0
@@ -170,7 +182,7 @@ def main() -> int:
         document["cases"] += found.records()
         document["cases"].sort(key=lambda record: place[describe(record)])
         document["seconds"] = before + round(time.perf_counter() - start)
-        save(document, options.out)
+        bench.save(document, options.out)
         print(line(found, copy), flush=True)
     done = measured == len(left)
     host = {(record["op"], record["chain"]) for record in document["host"]}
@@ -180,10 +192,10 @@ def main() -> int:
                 document["host"] += host_cost(op, device, chain, rounds=3 if rehearsal else 51)
     document["host"].sort(key=lambda record: names().index(record["op"]))
     document["seconds"] = before + round(time.perf_counter() - start)
-    partial = save(document, options.out)
-    if len(document["cases"]) == len(place) * len(DIRECTIONS) and done and not rehearsal:
+    partial = bench.save(document, options.out)
+    if done and not rehearsal:
         document["complete"] = True
-        save(document, options.out)
+        bench.save(document, options.out)
         partial.unlink()
     total = len(grid) - len(left) + measured
     print(f"{total} of {len(grid)} cases, {len(DIRECTIONS)} directions each", flush=True)

@@ -18,8 +18,12 @@ struct ActivationArguments {
 
 // --- the parts of them that cost more than an instruction or two -----------------------------------------------------
 
-// Divides to 2 ulp; what overflows in the denominator gives 0, as it should.
-__device__ __forceinline__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + expf(-value)); }
+// Four instructions. The product is off by what the argument's own rounding is off by; what overflows in the denominator
+// gives 0, as it should.
+__device__ __forceinline__ float sigmoid(float value) {
+  constexpr float bits_of_e = 1.44269504f;  // log2(e)
+  return reciprocal_approximate(1.0f + exp2_approximate(-bits_of_e * value));
+}
 
 // The standard normal distribution: the integral up to `value`, and its density there.
 __device__ __forceinline__ float normal_integral(float value) { return 0.5f + 0.5f * erff(value * 0.70710678f); }

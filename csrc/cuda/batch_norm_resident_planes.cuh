@@ -33,8 +33,8 @@ struct Part {
   __device__ __forceinline__ uint32_t mask() const { return (1u << end) - (1u << first); }
 };
 
-// A tensor of planes.
-template <class Element>
+// A tensor of planes. `aligned`: of whole chunks, all of them at multiples of 16 bytes.
+template <class Element, bool aligned = false>
 struct Planes {
   static constexpr int width = full_width<Element>;
   using Data = Chunk<Element>;
@@ -48,7 +48,9 @@ struct Planes {
         stride(sample_stride),
         extent((shape.samples - 1) * sample_stride + shape.channels * shape.spatial) {}
 
-  __device__ __forceinline__ bool holds(int64_t offset) const { return offset >= 0 && offset + width <= extent; }
+  __device__ __forceinline__ bool holds(int64_t offset) const {
+    return aligned || (offset >= 0 && offset + width <= extent);
+  }
 
   // The tensor's first and last chunk: not a byte outside it is touched.
   __device__ __forceinline__ Data load_part(int64_t offset, const Part& part) const {

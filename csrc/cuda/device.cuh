@@ -54,6 +54,22 @@ __device__ __forceinline__ void store_wide(void* address, const uint4& value) {
 __device__ __forceinline__ void forget(uint32_t& word) { asm volatile("" : "+r"(word)); }
 __device__ __forceinline__ void forget(uint16_t& word) { asm volatile("" : "+h"(word)); }
 
+// --- arithmetic ------------------------------------------------------------------------------------------------------
+
+// 2^value to 2 ulp; a result below the smallest normal number is 0.
+__device__ __forceinline__ float exp2_approximate(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// 1 / value to 1 ulp; a result below the smallest normal number is 0.
+__device__ __forceinline__ float reciprocal_approximate(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // --- asynchronous copies into shared memory --------------------------------------------------------------------------
 
 // Starts a copy of 16 bytes; they arrive when the group that they are committed to has been waited for.

@@ -31,6 +31,12 @@ struct PlannedGroups {
   int64_t piece_floats() const { return 2 * statistics * pieces.slots; }
 };
 
+// Calls visit<aligned>(), for the kernels of planes.
+template <class Visit>
+cudaError_t with_alignment(const GroupPlan& plan, const Visit& visit) {
+  return plan.aligned ? visit.template operator()<true>() : visit.template operator()<false>();
+}
+
 template <class Element>
 GroupProblem group_problem(const ChannelShape& shape, const GroupShape& group, int tensors,
                            std::initializer_list<StridedTensor> all) {
@@ -62,7 +68,9 @@ cudaError_t plan_group_forward(const GroupNormForwardArguments& norm, const Devi
   planned.on_chip = group_plan(group_problem<Element>(norm.shape, norm.group, 1, all), device);
   cudaError_t error = cudaSuccess;
   if (planned.on_chip.resident.kind == ResidentKind::cluster) {
-    error = limit_clusters<group_norm_planes_forward_kernel<Element>>(planned.on_chip.resident);
+    error = with_alignment(planned.on_chip, [&]<bool aligned>() {
+      return limit_clusters<group_norm_planes_forward_kernel<Element, aligned>>(planned.on_chip.resident);
+    });
   }
   if (planned.streams()) plan_stream<Element>(planned, norm.shape, norm.group, all, false, device);
   return error;
@@ -81,7 +89,9 @@ cudaError_t plan_group_backward(const GroupNormBackwardArguments& norm, const De
   planned.on_chip = norm.grad_input == nullptr ? no_group_plan : group_plan(problem, device);
   cudaError_t error = cudaSuccess;
   if (planned.on_chip.resident.kind == ResidentKind::cluster) {
-    error = limit_clusters<group_norm_planes_backward_kernel<Element>>(planned.on_chip.resident);
+    error = with_alignment(planned.on_chip, [&]<bool aligned>() {
+      return limit_clusters<group_norm_planes_backward_kernel<Element, aligned>>(planned.on_chip.resident);
+    });
   }
   if (planned.streams()) {
     plan_stream<Element>(planned, norm.shape, norm.group, all, true, device);
@@ -165,8 +175,12 @@ cudaError_t launch_group_forward(const PlannedGroups& planned, const GroupNormFo
   }
   const Launch shape = resident_launch(planned.on_chip.resident, stream);
   const GroupForwardArguments arguments{norm, group_layout(planned.on_chip, workspace)};
-  return norm.shape.rows ? launch<group_norm_rows_forward_kernel<Element>>(shape, arguments)
-                         : launch<group_norm_planes_forward_kernel<Element>>(shape, arguments);
+  if (norm.shape.rows) {
+    return launch<group_norm_rows_forward_kernel<Element>>(shape, arguments);
+  }
+  return with_alignment(planned.on_chip, [&]<bool aligned>() {
+    return launch<group_norm_planes_forward_kernel<Element, aligned>>(shape, arguments);
+  });
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------
@@ -256,7 +270,9 @@ cudaError_t launch_group_backward(const PlannedGroups& planned, const GroupNormB
     const Launch shape = resident_launch(planned.on_chip.resident, stream);
     const GroupBackwardArguments arguments{norm, group_layout(planned.on_chip, memory + bytes.pieces), stored};
     error = norm.shape.rows ? launch<group_norm_rows_backward_kernel<Element>>(shape, arguments)
-                            : launch<group_norm_planes_backward_kernel<Element>>(shape, arguments);
+                            : with_alignment(planned.on_chip, [&]<bool aligned>() {
+                                return launch<group_norm_planes_backward_kernel<Element, aligned>>(shape, arguments);
+                              });
   }
   if (error != cudaSuccess || !gradients.wanted()) {
     return error;

@@ -41,13 +41,14 @@ struct GroupPlan {
   int lanes;         // planes: threads side by side, all with the same channel; rows: chunks of a row
   int run;           // planes: chunks that such lanes take one after the other
   bool whole;        // planes: runs are whole planes; else they go on from plane to plane
+  bool aligned;      // planes: whole chunks, all of them at multiples of 16 bytes
   bool twice;        // rows: blocks merge some groups each and exchange the results, rather than merge all groups each
   int64_t workspace_bytes;
 
   constexpr int64_t slabs_at_once() const { return resident.threads / slab_threads; }
 };
 
-inline constexpr GroupPlan no_group_plan{not_resident, 0, 0, 0, false, false, 0};
+inline constexpr GroupPlan no_group_plan{not_resident, 0, 0, 0, false, false, false, 0};
 
 // --- planes ----------------------------------------------------------------------------------------------------------
 
@@ -106,6 +107,7 @@ constexpr GroupPlan group_planes_plan(const GroupProblem& problem, const DeviceT
   }
   plan.slab_threads = by_warps ? 32 : plan.resident.threads;
   plan.whole = columns <= whole_plane_chunks;
+  plan.aligned = problem.grain == 16;
   if (plan.whole) {
     plan.lanes = plane_lanes(columns);
     plan.run = static_cast<int>(columns);

@@ -33,7 +33,8 @@ struct GroupSegment {
   __device__ __forceinline__ bool empty() const { return begin >= end; }
 };
 
-template <class Element>
+// `aligned`: planes are whole chunks, so that nothing has to be told apart.
+template <class Element, bool aligned>
 struct GroupWalk {
   static constexpr int width = full_width<Element>;
 
@@ -125,6 +126,7 @@ struct GroupWalk {
 
   // Elements between the multiple of 16 bytes that a plane's first chunk begins at and the plane.
   __device__ __forceinline__ int skew(const GroupSlab& slab, int of_group) const {
+    if constexpr (aligned) return 0;
     const uintptr_t begin = address + static_cast<uintptr_t>(plane(stride, slab, of_group)) * sizeof(Element);
     return static_cast<int>(begin % 16 / sizeof(Element));
   }
@@ -132,13 +134,16 @@ struct GroupWalk {
   // Which of a chunk's elements belong to the plane.
   __device__ __forceinline__ Part part(const GroupSegment& segment, int place, int skew) const {
     const int element = (first + place - segment.channel * columns) * width - skew;
+    if constexpr (aligned) return {element, 0, width};
     const int rest = spatial - element;
     return {element, element < 0 ? -element : 0, rest < width ? rest : width};
   }
 
-  // Calls visit(place, part) for this thread's chunks of a segment that have anything of the plane.
-  template <class Visit>
+  // Calls visit(place, part) for this thread's chunks of a segment that have anything of the plane. `at_once`: so many
+  // visits side by side, where they are short.
+  template <int at_once, class Visit>
   __device__ __forceinline__ void each_chunk(const GroupSegment& segment, int skew, const Visit& visit) const {
+#pragma unroll at_once
     for (int place = segment.begin + lane; place < segment.end; place += layout.lanes) {
       const Part of_chunk = part(segment, place, skew);
       if (!of_chunk.empty()) visit(place, of_chunk);
@@ -147,12 +152,13 @@ struct GroupWalk {
 };
 
 // Starts the copies of a thread's chunks of a slab, if there is one.
-template <class Element, class Fetch>
-__device__ __forceinline__ void fetch_slab(const GroupWalk<Element>& walk, const GroupSlab& slab, const Fetch& fetch) {
+template <class Element, bool aligned, class Fetch>
+__device__ __forceinline__ void fetch_slab(const GroupWalk<Element, aligned>& walk, const GroupSlab& slab, const Fetch& fetch) {
   if (walk.has(slab)) {
     walk.each_segment([&](const GroupSegment& segment) {
       const int skew = walk.skew(slab, segment.channel);
-      walk.each_chunk(segment, skew, [&](int place, const Part& part) { fetch(slab, segment.channel, place, part); });
+      walk.template each_chunk<aligned ? 4 : 1>(
+          segment, skew, [&](int place, const Part& part) { fetch(slab, segment.channel, place, part); });
     });
   }
 }

@@ -16,7 +16,7 @@
 
 namespace fastreg::cuda {
 
-template <class Element>
+template <class Element, bool aligned>
 __global__ void __launch_bounds__(resident_planes_backward_threads, 1)
     group_norm_planes_backward_kernel(const GroupBackwardArguments arguments) {
   constexpr int width = full_width<Element>;
@@ -27,10 +27,10 @@ __global__ void __launch_bounds__(resident_planes_backward_threads, 1)
   const ResidentLayout& blocks = arguments.layout.blocks;
   const int share = static_cast<int>(blocks.share);
   exchange.start(blocks.cluster);
-  const GroupWalk<Element> walk(arguments.layout, norm.shape, norm.group, norm.input, norm.input_stride);
-  const Planes<Element> input(norm.input, norm.input_stride, norm.shape);
-  const Planes<Element> grad_output(norm.grad_output, norm.grad_output_stride, norm.shape);
-  const Planes<Element> grad_input(norm.grad_input, norm.shape.dense_stride(), norm.shape);
+  const GroupWalk<Element, aligned> walk(arguments.layout, norm.shape, norm.group, norm.input, norm.input_stride);
+  const Planes<Element, aligned> input(norm.input, norm.input_stride, norm.shape);
+  const Planes<Element, aligned> grad_output(norm.grad_output, norm.grad_output_stride, norm.shape);
+  const Planes<Element, aligned> grad_input(norm.grad_input, norm.shape.dense_stride(), norm.shape);
   Data* const held = reinterpret_cast<Data*>(dynamic_shared()) + walk.slab_of_block() * 2 * share;
 
   const auto fetch = [&](const GroupSlab& of, int channel, int place, const Part& part) {
@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(resident_planes_backward_threads, 1)
       float weight = 0.0f;
       if (!segment.empty()) {
         const Affine<1> affine = affine_of_channel(segment.channel, weight);
-        walk.each_chunk(segment, walk.skew(slab, segment.channel), [&](int place, const Part& part) {
+        const int skew = walk.skew(slab, segment.channel);
+        walk.template each_chunk<1>(segment, skew, [&](int place, const Part& part) {
           Data data;
           float gradients[width];
           gradients_of(affine, place, data, gradients);

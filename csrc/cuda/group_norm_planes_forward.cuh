@@ -16,9 +16,9 @@
 namespace fastreg::cuda {
 
 // The moments of what a warp holds of a slab.
-template <class Element>
-__device__ __forceinline__ Moments<float> moments_of_planes(const GroupWalk<Element>& walk, const GroupSlab& slab,
-                                                            const Chunk<Element>* held) {
+template <class Element, bool aligned>
+__device__ __forceinline__ Moments<float> moments_of_planes(const GroupWalk<Element, aligned>& walk,
+                                                            const GroupSlab& slab, const Chunk<Element>* held) {
   constexpr int width = full_width<Element>;
   int elements = 0;
   // Of a chunk's elements first: what a thread adds up one after the other is shorter then.
@@ -26,7 +26,8 @@ __device__ __forceinline__ Moments<float> moments_of_planes(const GroupWalk<Elem
     float total = 0.0f;
     elements = 0;
     walk.each_segment([&](const GroupSegment& segment) {
-      walk.each_chunk(segment, walk.skew(slab, segment.channel), [&](int place, const Part& part) {
+      const int skew = walk.skew(slab, segment.channel);
+      walk.template each_chunk<aligned ? 4 : 1>(segment, skew, [&](int place, const Part& part) {
         const Chunk<Element> data = held[place];
         float sum = 0.0f;
         if (part.template whole<width>()) {
@@ -48,7 +49,7 @@ __device__ __forceinline__ Moments<float> moments_of_planes(const GroupWalk<Elem
   return {count, mean, sum_of([&](float value) { return (value - mean) * (value - mean); })};
 }
 
-template <class Element>
+template <class Element, bool aligned>
 __global__ void __launch_bounds__(resident_planes_threads)
     group_norm_planes_forward_kernel(const GroupForwardArguments arguments) {
   constexpr int width = full_width<Element>;
@@ -57,9 +58,9 @@ __global__ void __launch_bounds__(resident_planes_threads)
   const GroupNormForwardArguments& norm = arguments.norm;
   const ResidentLayout& blocks = arguments.layout.blocks;
   exchange.start(blocks.cluster);
-  const GroupWalk<Element> walk(arguments.layout, norm.shape, norm.group, norm.input, norm.input_stride);
-  const Planes<Element> input(norm.input, norm.input_stride, norm.shape);
-  const Planes<Element> output(norm.output, norm.shape.dense_stride(), norm.shape);
+  const GroupWalk<Element, aligned> walk(arguments.layout, norm.shape, norm.group, norm.input, norm.input_stride);
+  const Planes<Element, aligned> input(norm.input, norm.input_stride, norm.shape);
+  const Planes<Element, aligned> output(norm.output, norm.shape.dense_stride(), norm.shape);
   Chunk<Element>* const held =
       reinterpret_cast<Chunk<Element>*>(dynamic_shared()) + walk.slab_of_block() * blocks.share;
 

@@ -102,7 +102,7 @@ def bench(
     ]
     where = _device(device, threads)
     cases = benchmark.grid(where, ops, dtypes or benchmark.DTYPES)
-    plan = benchmark.Plan(where, tuple(cases), complete=not (ops or dtypes), seconds=seconds)
+    plan = benchmark.Plan(where, tuple(cases), complete=not dtypes, seconds=seconds)
     raise typer.Exit(benches.command(plan, results, _console()))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastreg.cli import benchmark, summary
+from fastreg.cli import benchmark, summary, workloads
 from fastreg.cli.benchmark import Plan
 from fastreg.cli.measure import Record
 from fastreg.cli.workloads import BOTH, title
@@ -36,19 +36,25 @@ def run(plan: Plan, console: Console) -> Record:
     """Take all steps of a plan and return its document."""
     with progress_bar(console) as progress:
         task = progress.add_task("copy bandwidth", total=plan.steps)
-        document = benchmark.new_document(plan.device, plan.complete)
+        document = benchmark.new_document(plan.device, plan.complete, plan.ops)
         for done, step in enumerate(plan.run(document)):
             progress.update(task, description=step, completed=done)
     return document
 
 
-def save(document: Record, directory: Path) -> Path:
-    """Write ``<directory>/<machine>/<date>.json``, replacing the same day's.
+def path_of(document: Record, directory: Path) -> Path:
+    """``<directory>/<machine>/<date>.json``; where it is not of all ops, with their names behind the date.
 
     A run of a part of the grid goes to ``<date>-partial.json``, so that it never stands in for a complete one.
     """
-    name = document["date"] + ("" if document["complete"] else "-partial")
-    path: Path = directory / document["machine"]["slug"] / f"{name}.json"
+    ops = document["ops"] if document["ops"] != list(workloads.names()) else []
+    name = "-".join([document["date"], *ops, *([] if document["complete"] else ["partial"])])
+    return directory / str(document["machine"]["slug"]) / f"{name}.json"
+
+
+def save(document: Record, directory: Path) -> Path:
+    """Write the document to its place, replacing the same day's."""
+    path = path_of(document, directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_text(document))
     return path

@@ -47,14 +47,18 @@ class Plan:
     host: bool = True
 
     @property
+    def ops(self) -> tuple[str, ...]:
+        """What the cases are of."""
+        return tuple(dict.fromkeys(case.op for case in self.cases))
+
+    @property
     def steps(self) -> int:
         """How many steps ``run`` yields."""
         return len(self.cases) + (len(self._host_calls) if self.host else 0)
 
     @property
     def _host_calls(self) -> list[tuple[str, str]]:
-        ops = sorted({case.op for case in self.cases})
-        return [(op, chain) for op in ops for chain in workloads.workload(op).HOST_CHAINS]
+        return [(op, chain) for op in self.ops for chain in workloads.workload(op).HOST_CHAINS]
 
     def run(self, document: Record) -> Iterator[str]:
         """Fill the document's "cases" and "host", yielding the name of each step before it is taken."""
@@ -71,12 +75,20 @@ class Plan:
         document["seconds"] = math.ceil(time.perf_counter() - start)
 
 
-def new_document(device: torch.device, complete: bool, copy_size: int = 2**28) -> Record:
-    """An empty result document with its header; measures the copy bandwidth of a large buffer."""
+def new_document(
+    device: torch.device, complete: bool, ops: Sequence[str] = (), copy_size: int = 2**28
+) -> Record:
+    """An empty result document with its header; measures the copy bandwidth of a large buffer.
+
+    Args:
+        complete: it is to hold the whole grid of these ops.
+        ops: all of them if empty.
+    """
     rate = timing.copy_bandwidth(device, copy_size)
     return {
         "schema": SCHEMA,
         "complete": complete,
+        "ops": [op for op in workloads.names() if op in ops or not ops],
         **machine.describe(device),
         "large_copy": {"bytes": 2 * copy_size, "gigabytes_per_second": float(f"{rate * 1e-9:.4g}")},
         "seconds": 0,
@@ -101,7 +113,8 @@ def red(document: Record) -> list[str]:
 def upgraded(document: Record) -> Record:
     """A stored document in today's schema.
 
-    Schema 1 knew the norms over rows only, and had their shape as "rows" and "hidden_size".
+    Schema 1 knew the norms over rows only, and had their shape as "rows" and "hidden_size". Early documents of schema 2
+    do not say which ops they are of.
 
     Raises:
         ValueError: a schema that is not known.
@@ -113,4 +126,5 @@ def upgraded(document: Record) -> Record:
             record |= {"chain": "", "layout": "", "shape": [record.pop("rows"), record.pop("hidden_size")]}
         for record in document["host"]:
             record["chain"] = ""
-    return {**document, "schema": SCHEMA}
+    ops = sorted({record["op"] for record in document["cases"]})
+    return {"ops": ops, **document, "schema": SCHEMA}

@@ -47,6 +47,15 @@ class Exact:
     part: tuple[slice, ...] | None = None
 
 
+def stretch(device: torch.device, in_cache: int) -> int:
+    """How many elements of the exact results to compute at a time.
+
+    Args:
+        in_cache: as many as stay in a CPU's last cache level; a GPU takes enough to keep all of it busy.
+    """
+    return 2**25 if device.type == "cuda" else in_cache
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How far off the worst element of all results is.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,9 +22,14 @@ import torch
 
 Task = Callable[[], Sequence[float]]
 
-# Larger than any L2 cache, and long enough to read (a third of a millisecond at 3 TB/s) that the host has queued the
-# timed launches before the GPU is done with it; otherwise the events would time the host.
-_SCRUB_BYTES = 2**30
+# Larger than any L2 cache.
+_SCRUB_BYTES = 2**29
+# Of a GPU's clock: what it waits for longer than the host takes to queue the timed launches. Otherwise the events would
+# time the host.
+_CYCLES_PER_SECOND = 2e9
+_MARGIN = 1.5
+_SHORTEST_WAIT, _LONGEST_WAIT = 1e-4, 1e-2
+_REMEMBERED = 8
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,26 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events on the current stream, each measurement with a cold L2 cache."""
+    """Time between two events on the current stream: of the GPU alone, each measurement with a cold L2 cache.
+
+    The GPU is kept waiting until the host has queued everything, by what the last calls took the host. What the host
+    takes is measured elsewhere (host.py).
+    """
 
     def __init__(self, device: torch.device) -> None:
         memory = torch.cuda.get_device_properties(device).total_memory
         self._scrub = torch.zeros(min(_SCRUB_BYTES, memory // 8) // 4, device=device)
+        self._host_seconds: deque[float] = deque([_LONGEST_WAIT / _MARGIN], _REMEMBERED)
 
     def elapsed(self, function: Callable[[], Any]) -> tuple[float, Any]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # Reading, not writing: written lines would still have to go back to memory during the timed call.
         self._scrub.sum()
+        torch.cuda._sleep(waiting_cycles(self._host_seconds))
         start.record()
+        begun = time.perf_counter()
         result = function()
+        self._host_seconds.append(time.perf_counter() - begun)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3, result
@@ -106,6 +120,12 @@ class CudaClock:
         del output
         seconds_both, _ = self.elapsed(lambda: backward(forward()))
         return seconds_forward, seconds_backward, seconds_both
+
+
+def waiting_cycles(host_seconds: Iterable[float]) -> int:
+    """How many cycles a GPU has to wait for a host whose last calls took so long."""
+    seconds = min(max(_MARGIN * max(host_seconds), _SHORTEST_WAIT), _LONGEST_WAIT)
+    return int(seconds * _CYCLES_PER_SECOND)
 
 
 def clock_for(device: torch.device) -> Clock:

@@ -278,6 +278,9 @@ inline constexpr bool simulated = true;
 
 inline unsigned char* dynamic_shared() { return simulator::dynamic_shared(); }
 
+inline float exp2_approximate(float value) { return std::exp2(value); }
+inline float reciprocal_approximate(float value) { return 1.0f / value; }
+
 __attribute__((always_inline)) inline uint4 load_streamed(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }

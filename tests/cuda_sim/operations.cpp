@@ -293,6 +293,9 @@ void* shared_variable(const void* key, size_t bytes, size_t alignment) {
   if (launch.variables_bytes + launch.dynamic_bytes > static_cast<size_t>(the_device.shared_bytes_per_block)) {
     fail("more shared memory than a block may have");
   }
+  if (!launch.asked_for_shared_bytes && launch.variables_bytes + launch.dynamic_bytes > shared_bytes_without_asking) {
+    fail("static and dynamic shared memory are more than 48 KB, and the kernel was not allowed that");
+  }
   return running->block->shared + offset;
 }
 

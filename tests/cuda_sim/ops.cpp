@@ -115,6 +115,7 @@ void cuda_sim_group_plan(int architecture, int multiprocessors, int64_t samples,
                             plan.lanes,
                             plan.run,
                             plan.whole,
+                            plan.aligned,
                             plan.twice,
                             plan.workspace_bytes,
                             pieces.slots};

@@ -130,6 +130,7 @@ class GroupPlan:
     lanes: int
     run: int
     whole: int
+    aligned: int
     twice: int
     workspace_bytes: int
     slots: int
@@ -187,7 +188,7 @@ def resident_plan(problem: ResidentProblem, device: Device) -> ResidentPlan:
 
 
 def group_plan(problem: GroupProblem, device: Device) -> GroupPlan:
-    return GroupPlan(*_fields("cuda_sim_group_plan", 15, problem, device))
+    return GroupPlan(*_fields("cuda_sim_group_plan", 16, problem, device))
 
 
 def group_pieces(problem: GroupProblem, device: Device) -> list[Pieces]:

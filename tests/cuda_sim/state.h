@@ -10,12 +10,14 @@
 
 namespace simulator {
 
+inline constexpr int shared_bytes_without_asking = 48 * 1024;  // of a block, static and dynamic
 inline constexpr size_t static_shared_bytes = 16 * 1024;  // room for static variables, more than any kernel has
 
 // What is under way; one launch at a time.
 struct Launch {
   std::function<void()> body;
   size_t dynamic_bytes = 0;
+  bool asked_for_shared_bytes = false;  // cudaFuncAttributeMaxDynamicSharedMemorySize, for this kernel
   unsigned threads = 0;  // a block
   unsigned cluster_size = 1;
   unsigned blocks = 0;

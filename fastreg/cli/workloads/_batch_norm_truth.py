@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastreg.cli.gate import Exact
+from fastreg.cli.gate import Exact, stretch
 
 # Elements of a stretch in float64 that stays in a CPU's last cache level; but of channels_last a few channels at least,
 # since whole cache lines are read for them. Copies of more than 32 MB would be fresh memory each time.
@@ -57,7 +57,7 @@ def stretches(input: torch.Tensor) -> Iterator[slice]:
     """The channels in groups."""
     channels = input.shape[1]
     fewest = 1 if input.is_contiguous() else _FEWEST_CHANNELS
-    step = max(fewest, _STRETCH * channels // max(1, input.numel()))
+    step = max(fewest, stretch(input.device, _STRETCH) * channels // max(1, input.numel()))
     for start in range(0, channels, step):
         yield slice(start, start + step)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from fastreg.cli.gate import Exact
+from fastreg.cli.gate import Exact, stretch
 
 # Elements of a stretch in float64 that stays in a CPU's last cache level.
 _STRETCH = 2**18
@@ -70,7 +70,7 @@ def stretches(input: torch.Tensor, groups: int) -> Iterator[Part]:
     samples, channels = input.shape[:2]
     of_group = channels // groups
     of_sample = max(1, input[0].numel())
-    step = max(1, _STRETCH * groups // of_sample) * of_group
+    step = max(1, stretch(input.device, _STRETCH) * groups // of_sample) * of_group
     for sample in range(samples):
         for start in range(0, channels, step):
             yield slice(sample, sample + 1), slice(start, start + step)

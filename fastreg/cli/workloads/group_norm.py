@@ -99,10 +99,12 @@ def bytes_moved(
 
 def make_problem(case: Case, device: torch.device, parameter_dtype: torch.dtype | None = None) -> Problem:
     """A norm of random samples, with random parameters: in fp32 unless another dtype is given, as mixed-precision
-    training has them, or in fp64 with fp64 samples."""
+    training has them, or in fp64 with fp64 samples. On a GPU torch's group norm takes parameters of the samples' dtype
+    only, so they have that for all."""
     words = case.chain.split("+")
     shape, dtype, channels = case.shape, case.dtype, case.shape[1]
-    parameter_dtype = parameter_dtype or torch.promote_types(dtype, torch.float32)
+    alike = case.op == "group_norm" and device.type == "cuda"
+    parameter_dtype = parameter_dtype or (dtype if alike else torch.promote_types(dtype, torch.float32))
     random = drawer(case, device)
     arguments = {
         "input": random(dtype, *shape, scale=1.5, shift=0.3),

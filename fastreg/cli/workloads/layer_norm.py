@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from fastreg import functional
-from fastreg.cli.gate import Exact
+from fastreg.cli.gate import Exact, stretch
 from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Function, Problem, points
 
 EPS = 1e-5
@@ -126,15 +126,15 @@ def exact_results(
         weight = arguments["weight"].double()
         bias = arguments["bias"].double() if centred else torch.zeros_like(weight)
         sums = [torch.zeros_like(weight) for _ in range(4)]
-        step = max(1, _STRETCH // hidden_size)
+        step = max(1, stretch(grad_output.device, _STRETCH) // hidden_size)
         for start in range(0, rows, step):
-            stretch = slice(start, start + step)
-            x, dy = arguments["input"][stretch].double(), grad_output[stretch].double()
+            part = slice(start, start + step)
+            x, dy = arguments["input"][part].double(), grad_output[part].double()
             mean = x.mean(1, keepdim=True) if centred else torch.zeros_like(x[:, :1])
             rstd = ((x - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
             normalized, normalized_terms = (x - mean) * rstd, (x.abs() + mean.abs()) * rstd
             yield Exact(
-                "output", normalized * weight + bias, normalized_terms * weight.abs() + bias.abs(), (stretch,)
+                "output", normalized * weight + bias, normalized_terms * weight.abs() + bias.abs(), (part,)
             )
             scaled = dy * weight
             projection = (scaled * normalized).mean(1, keepdim=True)
@@ -145,10 +145,10 @@ def exact_results(
                     value - scaled.mean(1, keepdim=True),
                     terms + scaled.abs().mean(1, keepdim=True),
                 )
-            yield Exact("grad_input", rstd * value, rstd * terms, (stretch,))
-            parts = (dy * normalized, dy.abs() * normalized_terms, dy, dy.abs())
-            for total, part in zip(sums, parts, strict=True):
-                total += part.sum(0)
+            yield Exact("grad_input", rstd * value, rstd * terms, (part,))
+            added = (dy * normalized, dy.abs() * normalized_terms, dy, dy.abs())
+            for total, values in zip(sums, added, strict=True):
+                total += values.sum(0)
         yield Exact("grad_weight", sums[0], sums[1])
         if centred:
             yield Exact("grad_bias", sums[2], sums[3])
