@@ -104,13 +104,13 @@ $(BACKENDS:%=test-%): test-%: native-cuda
 	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
 
 # Triton's kernels once more, interpreted and compiled by the oldest Triton: of the op suites, since what lies above the
-# kernels knows no version of Triton, every fourth test, and all of them in a complete run. Either has to run every kernel.
+# kernels knows no version of Triton, every sixth test, and all of them in a complete run. Either has to run every kernel.
 # --triton: by that one and no other.
 OP_SUITES := $(shell grep -lE '^class Test\w+\(\w+Suite\)' tests/test_*.py) tests/test_conformance.py
 WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(TEST) --triton $(OLDEST_TRITON)
 
 test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
-	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/4) --every-kernel \
+	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/6) --every-kernel \
 	  --junit-xml build/tests/$@.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest build/tests/$@.xml
 

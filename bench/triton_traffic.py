@@ -73,7 +73,15 @@ def measured(report: Path) -> list[dict[str, Any]]:
 
 def measure() -> dict[str, Any]:
     """Run the tests and collect what they count."""
-    options = ["--backend", "triton", "-p", "no:cacheprovider", "-o", "junit_logging=system-out"]
+    options = [
+        "--backend",
+        "triton",
+        "--complete",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "junit_logging=system-out",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         subprocess.run(

@@ -10,7 +10,8 @@ marked ``backend_independent`` runs under ``--backend reference`` only. What doe
 deselected or never generated; a skip is always a missing part of the machine, and the last lines count them by reason.
 
 Triton's shapes are compiled for one architecture each, by turns, and every kernel for all of them; with ``--complete``
-every shape for all. What is left out is deselected, and counted in the last lines.
+every shape for all. Tests marked ``complete`` run with ``--complete`` only. What is left out is deselected, and counted
+in the last lines.
 
 ``--shard 2/8`` runs every eighth test, and with ``--every-kernel`` it has to reach all Triton kernels all the same.
 ``--journal FILE`` writes a line as each test starts and ends, so that whoever kills a run that hangs knows how far it
@@ -54,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--triton", default=None, help="refuse to run with another version of Triton")
     group.addoption("--shard", type=_shard, default=(1, 1), help="2/8: of every eight tests the second")
-    group.addoption("--complete", action="store_true", help="compile all that is otherwise compiled by turns")
+    group.addoption("--complete", action="store_true", help="run what is otherwise left out or done by turns")
     group.addoption(
         "--every-kernel", action="store_true", help="fail unless all Triton kernels are interpreted"
     )
@@ -74,6 +75,10 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.addinivalue_line(
         "markers", "only(backend=..., device=...): runs with these options alone; several in a tuple"
+    )
+    config.addinivalue_line(
+        "markers",
+        "complete(backend=...): with --complete alone, if the backend is one of these; any if not given",
     )
     backend, device = config.getoption("--backend"), config.getoption("--device")
     if backend == "cuda_sim" and device == "cuda":
@@ -184,7 +189,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     chosen = [item for item in items if belongs(item)]
     if not config.getoption("--complete"):
-        left_out = {item for item in chosen if _left_to_complete(item)}
+        left_out = {item for item in chosen if _left_to_complete(item, options["backend"], options["device"])}
         chosen = [item for item in chosen if item not in left_out]
         config.stash[_LEFT_OUT] = len(left_out)
     chosen = chosen[part - 1 :: parts]
@@ -194,8 +199,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
 
 
-def _left_to_complete(item: pytest.Item) -> bool:
-    """Whether this is about a shape compiled for an architecture that is not the shape's turn."""
+def _left_to_complete(item: pytest.Item, backend: str, device: str) -> bool:
+    """Whether this is marked so, or about a shape compiled for an architecture that is not the shape's turn."""
+    for marker in item.iter_markers("complete"):
+        if device == "cpu" and backend in marker.kwargs.get("backend", (backend,)):
+            return True
     given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     shapes = [each for each in given.values() if hasattr(each, "launches")]
     if not shapes or "architecture" not in given:
@@ -214,7 +222,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if "triton" in sys.modules:
         terminalreporter.write_line("fastreg: with Triton {} from {}".format(*triton_in_use()))
     if left_out := terminalreporter.config.stash.get(_LEFT_OUT, 0):
-        terminalreporter.write_line(f"fastreg: {left_out} compilations of Triton kernels left to --complete")
+        terminalreporter.write_line(f"fastreg: {left_out} tests left to --complete")
     terminalreporter.write_line(f"fastreg: {sum(reasons.values())} skipped")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"fastreg: {count} skipped: {reason}")

@@ -75,7 +75,9 @@ class Processes:
         return self._answers(getattr(function, "__name__", str(function)))
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from one process that has imported the large packages once, and nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "pytest", "hypothesis", "numpy"])
         self._folder = tempfile.TemporaryDirectory()
         store = f"file://{self._folder.name}/store"
         for rank in range(self.world):

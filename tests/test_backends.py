@@ -156,9 +156,21 @@ def test_available_is_best_first_and_ends_with_the_reference() -> None:
 
 
 def test_preferences_name_known_backends_and_end_with_the_reference() -> None:
-    for order in backends.PREFERENCE.values():
+    measured = [order for ops in backends.MEASURED.values() for order in ops.values()]
+    for order in [*backends.PREFERENCE.values(), *measured]:
         assert set(order) <= set(backends.NAMES)
         assert order[-1] == "reference"
+
+
+def test_a_measured_architecture_has_its_own_preferences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, first in (((9, 0), "native"), ((8, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert backends.preference("group_norm", "cuda")[0] == first
+        assert backends.preference("layer_norm", "cuda")[0] == "triton"
+        assert backends.preference("group_norm", "cpu")[0] == "native"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert backends.preference("group_norm", "cuda")[0] == "triton"
 
 
 @pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)

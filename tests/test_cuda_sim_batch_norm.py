@@ -20,6 +20,7 @@ from criterion import check
 from cuda_sim import backend, build, mutants, plans
 from cuda_sim.backend import A100, H100, ORDERS, PART_OF_AN_A100, PART_OF_AN_H100, Device
 from fastreg import _activations, backends
+from schedules import TRACED_SCHEDULES
 from suite import make_tensors, plain_case, run_operators, same_bits, unwritten_memory_is_nan
 
 pytestmark = pytest.mark.backend_independent
@@ -290,9 +291,7 @@ def test_few_channels_fill_the_machine(rows: bool) -> None:
 # --- every access, every schedule -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "schedule", [pytest.param(each, id=order) for each, order in zip(mutants.SCHEDULES, ORDERS, strict=True)]
-)
+@pytest.mark.parametrize("schedule", TRACED_SCHEDULES)
 def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str, ...]) -> None:
     program = build.standalone(trace=True, name="standalone_batch_norm")
     finished = subprocess.run(
@@ -303,6 +302,7 @@ def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str,
     assert {kernel for kernel in backend.kernels() if kernel.startswith("batch_norm")} - reached == set()
 
 
+@pytest.mark.complete
 def test_kernels_are_clean_under_the_sanitizers() -> None:
     # bfloat16, whose vectors and signs are the most intricate; the tracer sees the bounds of every dtype.
     few = ("-DFASTREG_STANDALONE_FEW",)

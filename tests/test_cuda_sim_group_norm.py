@@ -20,6 +20,7 @@ from cuda_sim import backend, build, mutants, plans
 from cuda_sim.backend import ORDERS, PART_OF_AN_H100, Device
 from fastreg import backends
 from group_norms import GROUP_NORM
+from schedules import TRACED_SCHEDULES
 from suite import make_tensors, plain_case, run_operators, same_bits, unwritten_memory_is_nan
 
 pytestmark = pytest.mark.backend_independent
@@ -211,9 +212,7 @@ def test_operators_of_nothing() -> None:
 # --- every access, every schedule -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "schedule", [pytest.param(each, id=order) for each, order in zip(mutants.SCHEDULES, ORDERS, strict=True)]
-)
+@pytest.mark.parametrize("schedule", TRACED_SCHEDULES)
 def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str, ...]) -> None:
     program = build.standalone(trace=True, name="standalone_group_norm")
     finished = subprocess.run(
@@ -224,6 +223,7 @@ def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str,
     assert {kernel for kernel in backend.kernels() if kernel.startswith(NAMES)} - reached == set()
 
 
+@pytest.mark.complete
 def test_kernels_are_clean_under_the_sanitizers() -> None:
     # bfloat16, whose vectors are the most intricate; the tracer sees the bounds of every dtype.
     few = ("-DFASTREG_STANDALONE_FEW",)

@@ -1,7 +1,7 @@
 """Which group norms stay on chip, and how, as a pure function of shape, dtype and device: no GPU is needed.
 
 The plan is that of csrc/cuda/group_norm_plan.h, computed there. What it says here is what fits and how the blocks are
-laid out; how fast that is has not been measured on a GPU.
+laid out, not how fast that is.
 """
 
 from __future__ import annotations

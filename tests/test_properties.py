@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from activations import NAMES as ACTIVATIONS
-from backend_under_test import serves_float64
+from backend_under_test import emulated, serves_float64
 from cases import DATA, Case, Mix, Size
 from group_norms import INSTANCE_NORM
 from specs import SPECS
@@ -59,7 +59,7 @@ def views(draw: Any, values: torch.Tensor) -> torch.Tensor:
 
 
 @st.composite
-def norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
+def norm_cases(draw: Any, spec: OpSpec, float64: bool, few: bool) -> Case:
     leading = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
     last = st.one_of(st.integers(1, 40), st.sampled_from((64, 127, 128, 129, 255, 257, 513, 1000, 1025)))
     normalized = (*draw(st.lists(st.integers(1, 3), max_size=2)), draw(last))
@@ -78,11 +78,9 @@ def norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
 
 
 @st.composite
-def channel_norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
-    samples, channels = (
-        draw(st.integers(1, 5)),
-        draw(st.one_of(st.integers(1, 20), st.sampled_from((33, 64, 129)))),
-    )
+def channel_norm_cases(draw: Any, spec: OpSpec, float64: bool, few: bool) -> Case:
+    many = st.one_of(st.integers(1, 20), st.sampled_from((33, 64, 129)))
+    samples, channels = draw(st.integers(1, 5)), draw(st.integers(1, 12) if few else many)
     shape = (samples, channels, *draw(st.lists(st.integers(1, 7), max_size=3)))
     training = draw(st.booleans()) and math.prod(shape) > channels
     if float64 and draw(st.integers(0, 5)) == 0:
@@ -112,9 +110,8 @@ def channel_norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
 
 
 @st.composite
-def group_norm_cases(draw: Any, spec: OpSpec, float64: bool) -> Case:
+def group_norm_cases(draw: Any, spec: OpSpec, float64: bool, few: bool) -> Case:
     low = (torch.float64,) if float64 and draw(st.integers(0, 5)) == 0 else LOW
-    # Few samples and groups: those are programs, which an emulated backend runs one by one.
     samples, spatial = draw(st.integers(1, 3)), draw(st.lists(st.integers(1, 7), max_size=3))
     arguments = {
         "activation": draw(st.sampled_from(ACTIVATIONS)),
@@ -152,7 +149,8 @@ KINDS = {"batch_norm": channel_norm_cases, "group_norm": group_norm_cases, "inst
 @given(data=st.data())
 def test_any_shape_stride_dtype_and_option(spec: OpSpec, data: Any, backend: str, device: str) -> None:
     kind = KINDS.get(spec.name, norm_cases)
-    case = data.draw(kind(spec, serves_float64(backend, device)))
+    # Channels, or samples and groups, are programs, which an emulated backend runs one by one.
+    case = data.draw(kind(spec, serves_float64(backend, device), few=emulated(backend, device)))
     tensors = make_tensors(spec, case, device)
     for name, values in tensors.items():
         # What is changed in place cannot be expanded.

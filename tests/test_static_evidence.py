@@ -424,6 +424,13 @@ def test_the_tables_are_not_taken_for_a_machines_results() -> None:
     assert RESULTS not in {path.parent for path, _ in newest(RESULTS.parent)}
 
 
+def test_launches_leave_room_for_static_variables(tables: dict[str, Table]) -> None:
+    """launch.cuh asks for shared memory where dynamic and static might be more than every kernel may have."""
+    launch = (cuda_kernels.ROOT / "csrc" / "cuda" / "launch.cuh").read_text()
+    (most,) = re.findall(r"most_static = (\d+) \* 1024;", launch)
+    assert max(each.static_shared_bytes for each in tables["cuda"].records) <= int(most) * 1024
+
+
 def test_every_kernel_of_the_sources_is_in_the_table(tables: dict[str, Table]) -> None:
     for architecture in __main__.REQUIRED:
         assert {each.kernel for each in tables["cuda"].on([architecture]).records} == backend.kernels()

@@ -127,7 +127,8 @@ def stage(name: str, settings: Settings) -> Outcome:
 
     with ThreadPoolExecutor(max(1, parts)) as pool:
         list(pool.map(compile_part, range(1, parts + 1)))
-    outcome.summary.append(f"compiled by {parts} processes, until {settings.deadline.used:.0f} s")
+    if parts:
+        outcome.summary.append(f"compiled by {parts} processes, until {settings.deadline.used:.0f} s")
     variables["OMP_NUM_THREADS"] = str(max(1, machine.cores // 2))
     command.append(left())
     finished = run(command, log, settings.deadline, variables)

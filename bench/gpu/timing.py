@@ -152,7 +152,7 @@ def main() -> int:
     warm_up(device)
     copy_size = _REHEARSED_COPY_BYTES if rehearsal else _COPY_BYTES
     document = benchmark.new_document(device, False, ops, copy_size)
-    document["commit"] = document["commit"] or os.environ.get("FASTREG_COMMIT") or None
+    document["commit"] = os.environ.get("FASTREG_COMMIT") or document["commit"]
     if rehearsal:
         document["rehearsal"] = True
         document["machine"]["slug"] = "rehearsal"

@@ -17,7 +17,7 @@
 // Extents are in chunks of 16 bytes. Planes of any size and alignment are cut at multiples of 16 bytes in memory, so
 // that a plane's first and last chunk may belong to it in part only; rows have to be aligned.
 //
-// What fits is computed, what is faster is not: the thresholds are reasoned and have not been timed on a GPU.
+// What fits is computed, what is faster is not: the thresholds are reasoned, not tuned by measurements.
 
 #pragma once
 

@@ -11,7 +11,7 @@
 // What is too large, or lies irregularly, streams: partial statistics of each channel and part of a sample, merged by a
 // small kernel, then the output (batch_norm_plan.h); backward does the same with sums.
 //
-// What fits is computed, what is faster is not: the thresholds are reasoned and have not been timed on a GPU.
+// What fits is computed, what is faster is not: the thresholds are reasoned, not tuned by measurements.
 
 #pragma once
 

@@ -19,11 +19,18 @@ import torch
 
 NAMES = ("native", "triton", "reference")
 
-# For a CUDA architecture without results under bench/results/, Triton comes first; on the CPU the C++ kernels win on
-# every shape of the committed results.
+# On the CPU the C++ kernels win on every shape of the committed results. Where a CUDA architecture has no results for
+# an op under bench/results/, Triton comes first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
     "cuda": ("triton", "native", "reference"),
+}
+
+
+# By compute capability, for ops that have results there. On an H100 the kernels of both backends take the same time,
+# but the host takes several times as long to launch Triton's, which is what small tensors wait for.
+MEASURED: dict[tuple[int, int], dict[str, tuple[str, ...]]] = {
+    (9, 0): dict.fromkeys(("group_norm", "instance_norm"), ("native", "triton", "reference")),
 }
 
 
@@ -125,7 +132,8 @@ def pick(op: str, tensor: torch.Tensor) -> str:
 def _decide(request: str | None, op: str, device_type: str, dtype: torch.dtype) -> str:
     if request is None:
         # The reference ends every list, so there is always one.
-        return next(name for name in _order(device_type) if unavailable(name, op, device_type, dtype) is None)
+        order = preference(op, device_type)
+        return next(name for name in order if unavailable(name, op, device_type, dtype) is None)
     reason = unavailable(request, op, device_type, dtype)
     if reason is not None:
         raise BackendUnavailable(
@@ -134,7 +142,12 @@ def _decide(request: str | None, op: str, device_type: str, dtype: torch.dtype) 
     return request
 
 
-def _order(device_type: str) -> tuple[str, ...]:
+def preference(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends that an automatic choice goes through, best first; on CUDA by the current device's architecture."""
+    if device_type == "cuda" and torch.cuda.is_available():
+        measured = MEASURED.get(torch.cuda.get_device_capability(), {})
+        if op in measured:
+            return measured[op]
     return PREFERENCE.get(device_type, ("reference",))
 
 
@@ -156,7 +169,7 @@ def available(
     device_type: str = "cpu", dtype: torch.dtype = torch.float32, op: str = "layer_norm"
 ) -> tuple[str, ...]:
     """The names of the backends that can serve ``op`` for this device and dtype, best first."""
-    order = _order(device_type)
+    order = preference(op, device_type)
     order += tuple(name for name in NAMES if name not in order)
     return tuple(name for name in order if unavailable(name, op, device_type, dtype) is None)
 

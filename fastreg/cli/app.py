@@ -87,9 +87,9 @@ def bench(
         float | None,
         typer.Option(min=0.01, help="Roughly how long the rounds of one case take; by the op if not given."),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Saves <machine>/<date>.json in here.")] = Path(
-        "fastreg-bench"
-    ),
+    results: Annotated[
+        Path, typer.Option(help="Saves <machine>/<date>.json in here; with the ops in its name if not all.")
+    ] = Path("fastreg-bench"),
     threads: Threads = None,
 ) -> None:
     """Time every backend, torch eager and torch.compile, taking turns. Exit code 1 if a backend is wrong."""

@@ -106,7 +106,7 @@ def choice(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that would run an op, and why; "none" where the one asked for cannot."""
     requested = backends.requested()
     if requested is None:
-        wanted = backends.PREFERENCE.get(device_type, ("reference",))
+        wanted = backends.preference(op, device_type)
         reasons = [unavailable(name, op, device_type, dtype) for name in wanted]
         first = wanted[reasons.index(None)]
         passed = wanted[: reasons.index(None)]

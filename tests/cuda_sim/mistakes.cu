@@ -111,6 +111,11 @@ void beyond_static_shared_memory(const Arguments) {
   (&shared.at[0])[thread_index() + 1] = 1;
 }
 
+void shared_memory_beside_all_that_is_allowed(const Arguments) {
+  FASTREG_SHARED(Values, shared);
+  shared.at[thread_index()] = 1;
+}
+
 void misaligned_vector(const Arguments arguments) { load_streamed(arguments.tensor + 1); }
 
 void misaligned_store(const Arguments arguments) { store_wide(arguments.tensor + 2, uint4{}); }
@@ -248,10 +253,12 @@ struct Mistake {
   Launch shape;
 };
 
-#define MISTAKE(name, found_by, blocks, cluster, cooperative)                               \
-  {                                                                                         \
-    #name, found_by, &name, { blocks, threads, cluster, threads * 4, cooperative, nullptr } \
+#define MISTAKE_WITH(name, found_by, blocks, cluster, shared_bytes, cooperative)             \
+  {                                                                                          \
+    #name, found_by, &name, { blocks, threads, cluster, shared_bytes, cooperative, nullptr } \
   }
+#define MISTAKE(name, found_by, blocks, cluster, cooperative) \
+  MISTAKE_WITH(name, found_by, blocks, cluster, threads * 4, cooperative)
 
 const Mistake mistakes[] = {
     MISTAKE(missing_barrier, "nobody has written", 1, 1, false),
@@ -269,6 +276,7 @@ const Mistake mistakes[] = {
     MISTAKE(before_a_tensor, "outside every tensor", 1, 1, false),
     MISTAKE(beyond_dynamic_shared_memory, "outside the block's shared memory", 1, 1, false),
     MISTAKE(beyond_static_shared_memory, "outside the block's shared memory", 1, 1, false),
+    MISTAKE_WITH(shared_memory_beside_all_that_is_allowed, "the kernel was not allowed that", 1, 1, 48 * 1024, false),
     MISTAKE(misaligned_vector, "misaligned access", 1, 1, false),
     MISTAKE(misaligned_store, "misaligned access", 1, 1, false),
     MISTAKE(copy_read_too_early, "not waited for", 1, 1, false),

@@ -47,7 +47,7 @@ GRID = {
     "cpu": _grid(_CHOSEN, _CHOSEN),
     # What a quarter of an hour with a GPU has time for beside the tests.
     "cuda": _grid(_maps(256, RESNET_50), _CHOSEN[:6]),
-    "rehearsal": _grid(((4, 16, 8, 8),), ((4, 16, 8, 8),)),
+    "rehearsal": points([(4, 16, 8, 8)], LAYOUTS, ["add+relu"]),
 }
 HOST_CHAINS = ("", "add+relu")
 SECONDS = 3.0
