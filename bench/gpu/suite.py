@@ -33,8 +33,8 @@ _CONTEXT_LOST = 86
 _CANNOT_TEST = {2: "it was interrupted", 3: "internal error or no such backend", 4: "it was called wrongly"}
 # Of a GPU's memory, for a process that runs tests: its context, and tensors beyond 2^31 elements now and then.
 _MEMORY = 5 * 2**30
-# More of Triton's than run at a time: should time run out, some tests of every file are missing, and not all of the last
-# files'.
+# More of Triton's than run at a time: should time run out, some tests of every file are missing, and not all of the
+# last files'.
 _SHARDS = {"triton": 30, "native": 8, "reference": 1}
 _SHOWN = 4
 # Of the failures in the result file, which is to stay short.
