@@ -104,18 +104,19 @@ $(BACKENDS:%=test-%): test-%: native-cuda
 	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
 
 # Triton's kernels once more, interpreted and compiled by the oldest Triton: of the op suites, since what lies above the
-# kernels knows no version of Triton, every sixth test, and all of them in a complete run. Either has to run every kernel.
+# kernels knows no version of Triton, every eighth test, and all of them in a complete run. Either has to run every kernel.
 # --triton: by that one and no other.
 OP_SUITES := $(shell grep -lE '^class Test\w+\(\w+Suite\)' tests/test_*.py) tests/test_conformance.py
 WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(TEST) --triton $(OLDEST_TRITON)
 
 test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
-	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/6) --every-kernel \
+	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/8) --every-kernel \
 	  --junit-xml build/tests/$@.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest build/tests/$@.xml
 
 test-oldest_triton_compiled: native-cuda $(VENV)/oldest_triton.txt
-	$(WITH_OLDEST_TRITON) tests/test_triton*_compile.py tests/test_triton*_launch.py --junit-xml build/tests/$@.xml
+	$(WITH_OLDEST_TRITON) tests/test_triton*_compile.py tests/test_triton*_launch.py \
+	  $(if $(COMPLETE),,--shard 1/2) --junit-xml build/tests/$@.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest-compiled build/tests/$@.xml
 
 # The machine's own Python, torch, nvcc, cmake and ninja; no virtual environment, no network. bench/gpu says what it does.

@@ -34,6 +34,12 @@ EXTREMES = (
 )
 
 
+def _extreme(name: str) -> Any:
+    """Channels of planes are programs, which the interpreter runs one by one: half a minute of them."""
+    long = name == "channels of planes"
+    return pytest.param(name, marks=pytest.mark.complete(backend=("triton",)) if long else ())
+
+
 def selected(exact: Exact, chosen: torch.Tensor) -> Exact:
     """Of something with a channel dimension the elements where ``chosen``, which has the input's shape, is true."""
     if exact.value.dim() == 1:
@@ -90,13 +96,14 @@ class ChannelNormSuite(OpSuite):
 
     # --- sizes ---
 
-    @pytest.mark.parametrize("name", EXTREMES)
+    @pytest.mark.parametrize("name", [_extreme(name) for name in EXTREMES])
     def test_extreme_sizes(self, name: str, backend: str, device: str) -> None:
         large, small, family = self.extremes[name]
         low = torch.bfloat16 if family == "channels_last" else torch.float32
         chosen = small if emulated(backend, device) else large
         check_case(self.spec, self.case_of(chosen, low, family, activation="relu"), device)
 
+    @pytest.mark.every_kernel
     @each_family
     def test_sums_of_a_million(self, family: str, backend: str, device: str) -> None:
         """A mean of 1000 standard deviations over as many elements as a kernel meets: partial sums must be merged."""

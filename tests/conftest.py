@@ -77,6 +77,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "only(backend=..., device=...): runs with these options alone; several in a tuple"
     )
     config.addinivalue_line(
+        "markers", "every_kernel: reaches a kernel that few others do: with --every-kernel in every shard"
+    )
+    config.addinivalue_line(
         "markers",
         "complete(backend=...): with --complete alone, if the backend is one of these; any if not given",
     )
@@ -192,7 +195,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = {item for item in chosen if _left_to_complete(item, options["backend"], options["device"])}
         chosen = [item for item in chosen if item not in left_out]
         config.stash[_LEFT_OUT] = len(left_out)
-    chosen = chosen[part - 1 :: parts]
+    every_kernel = config.getoption("--every-kernel")
+    chosen = [
+        item
+        for place, item in enumerate(chosen)
+        if place % parts == part - 1 or (every_kernel and item.get_closest_marker("every_kernel"))
+    ]
     if len(chosen) < len(items):
         kept = set(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

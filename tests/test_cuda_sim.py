@@ -236,6 +236,7 @@ def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str,
     assert {kernel for kernel in backend.kernels() if not kernel.startswith(OF_CHANNELS)} - reached == set()
 
 
+@pytest.mark.complete
 def test_kernels_are_clean_under_the_sanitizers() -> None:
     # float32 and bfloat16; the tracer sees the bounds of every dtype.
     few = ("-DFASTREG_STANDALONE_FEW",)

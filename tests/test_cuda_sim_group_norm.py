@@ -49,6 +49,9 @@ REACHING = (
     Reach(TWO_OF_AN_H100, (2, 37, 7, 7), 1),
     Reach(PART_OF_AN_H100, (1, 12, 17, 61), 3, activation="hardswish"),
     Reach(Device(architecture=80, multiprocessors=4), (1, 2, 73, 137), 1, activation=None),
+    # the same of whole chunks: a warp, and a cluster
+    Reach(ONE_OF_AN_H100, (3, 24, 8, 8), 12),
+    Reach(PART_OF_AN_H100, (1, 12, 16, 64), 3, activation="gelu"),
     # on chip, rows: several samples a block, groups that begin within a pack; blocks that share a sample, merging all
     # groups or some each
     Reach(ONE_OF_AN_H100, (10, 40, 1, 7), 8, "channels_last", "gelu"),

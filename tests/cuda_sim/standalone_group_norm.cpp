@@ -248,9 +248,9 @@ void run_case(const Case& current, const DeviceTraits& device) {
 }
 
 // On chip, planes: warps with ragged slabs, some without any, and with many that are smaller than a chunk; short planes
-// as wholes, long ones in runs; clusters, and blocks that wait for each other. Rows: several samples a block, groups
-// that begin within a pack; blocks that share a sample, merging all groups or some each. Streaming: packs of 16 bytes
-// and of one element, several parts and strips.
+// as wholes, long ones in runs; clusters, and blocks that wait for each other; of whole chunks too. Rows: several
+// samples a block, groups that begin within a pack; blocks that share a sample, merging all groups or some each.
+// Streaming: packs of 16 bytes and of one element, several parts and strips.
 constexpr Case cases[] = {
     {How::warps, 90, 2, 3, 24, 49, 12, false, Activation::relu, 8, 0},
     {How::warps, 90, 1, 3, 33, 4, 33, false, Activation::gelu, 0, 0},
@@ -258,6 +258,8 @@ constexpr Case cases[] = {
     {How::block, 90, 1, 2, 3, 1001, 1, false, Activation::silu, 0, 0},
     {How::cluster, 90, 6, 1, 12, 1037, 3, false, Activation::leaky_relu, 0, 0},
     {How::shared, 80, 4, 1, 2, 10001, 1, false, Activation::identity, 0, 0},
+    {How::warps, 90, 2, 3, 24, 64, 12, false, Activation::silu, 0, 0},
+    {How::cluster, 90, 6, 1, 12, 1040, 3, false, Activation::gelu, 0, 0},
     {How::block, 90, 1, 10, 40, 7, 8, true, Activation::gelu, 8, 0},
     {How::shared, 90, 6, 2, 40, 400, 8, true, Activation::silu, 0, 0},
     {How::shared_twice, 90, 6, 1, 176, 220, 176, true, Activation::gelu_tanh, 0, 0},
