@@ -151,7 +151,7 @@ def main() -> int:
         return 0
     warm_up(device)
     copy_size = _REHEARSED_COPY_BYTES if rehearsal else _COPY_BYTES
-    document = benchmark.new_document(device, False, ops, copy_size)
+    document = benchmark.new_document(device, complete=False, ops=ops, copy_size=copy_size)
     document["commit"] = os.environ.get("FASTREG_COMMIT") or document["commit"]
     if rehearsal:
         document["rehearsal"] = True
