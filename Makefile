@@ -12,9 +12,10 @@
 #
 # Variables: PYTHON (makes the virtual environment), VENV (where it lies), CUDA_ARCHITECTURES (such as "80;90"), JOBS,
 # COMPLETE (yes: `make test` leaves out nothing of what the README lists).
-# `make gpu` also takes STAGE (tests, sanitize, bench, bench_batch_norm or bench_group_norm; all if not given), OUT (where
-# results go), LIMIT (seconds a stage), DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS (instead of all),
-# PROCESSES (at a time), SANITIZER (its path), BUILD=no, COMMIT (where there is no git), WORK (instead of build/gpu).
+# `make gpu` also takes STAGE (tests, sanitize, bench, bench_batch_norm, bench_group_norm or bench_dropout; all if not
+# given), OUT (where results go), LIMIT (seconds a stage), DEVICE=cpu (a rehearsal without a GPU), TESTS and BACKENDS
+# (instead of all), PROCESSES (at a time), SANITIZER (its path), BUILD=no, COMMIT (where there is no git), WORK (instead
+# of build/gpu).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -60,30 +60,26 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1)
 
 def means(document: dict[str, Any]) -> str:
     """The geometric means over the shapes."""
-    headings = (
-        "op",
-        "dtype",
-        "direction",
-        "vs torch eager",
-        "vs torch.compile",
-        "of copy bandwidth",
-        "worst vs eager",
-    )
-    rows = [
-        (
-            *found.name,
-            summary.times(found.eager),
-            summary.times(found.compile),
-            summary.percent(found.share),
-            worst(found),
-        )
-        for found in summary.groups(document)
+    headings = [
+        *("op", "dtype", "direction"),
+        *("vs torch eager", "vs torch.compile", "of copy bandwidth", "worst vs eager"),
     ]
-    for found in summary.overall(document):
+    groups, overall = summary.groups(document), summary.overall(document)
+    counted = any(found.saved is not None for found in groups)
+
+    def rest(found: summary.Group) -> list[str]:
+        return [worst(found), *([summary.percent(found.saved)] if counted else [])]
+
+    def figures(found: summary.Group) -> list[str]:
+        return [summary.times(found.eager), summary.times(found.compile), summary.percent(found.share)]
+
+    rows = [[*found.name, *figures(found), *rest(found)] for found in groups]
+    for found in overall:
         op, directions = found.name
-        figures = (summary.times(found.eager), summary.times(found.compile), summary.percent(found.share))
-        rows.append((f"**{op}**", "all", directions, *(f"**{figure}**" for figure in figures), worst(found)))
-    return table(headings, rows, left=3)
+        rows.append(
+            [f"**{op}**", "all", directions, *(f"**{each}**" for each in figures(found)), *rest(found)]
+        )
+    return table([*headings, *(["kept for backward"] if counted else [])], rows, left=3)
 
 
 def worst(found: summary.Group) -> str:
@@ -95,6 +91,7 @@ def cases(records: list[dict[str, Any]]) -> str:
     """Every case of one op."""
     providers = summary.timed_providers({"cases": records})
     columns = summary.case_columns(providers, lambda name: f"{label(name)}, ms")
+    columns += summary.saved_columns(records)
     rows = [[title(record), *(show(record) for _, show in columns)] for record in records]
     return table(["op", *(heading for heading, _ in columns)], rows, left=4)
 
@@ -115,8 +112,13 @@ def host(document: dict[str, Any]) -> str:
     return table(headings, summary.host_rows(document), left=2)
 
 
+# What is behind the columns that documents of today have.
+_KEPT = "; kept for backward is what fastreg's forwards keep beside their arguments, of what torch eager's do, in bytes"
+
+
 def section(path: Path, document: dict[str, Any], root: Path) -> str:
     """One machine's part of the README."""
+    counted = any(summary.saved(record, record["picked"]) is not None for record in document["cases"])
     shown = path.resolve().relative_to(root.resolve()).as_posix()
     copy = document["large_copy"]["gigabytes_per_second"]
     untimed = "".join(f"- not timed: {line}\n" for line in summary.untimed(document))
@@ -124,7 +126,7 @@ def section(path: Path, document: dict[str, Any], root: Path) -> str:
         f"### {document['machine']['name']}: {', '.join(document['ops'])}\n\n"
         f"{summary.machine_line(document)}; a large copy reaches {copy} GB/s. From [{shown}]({shown}).\n\n"
         "Geometric means over the shapes, fastreg's speed over the other's; GB/s is the op's minimum traffic over the "
-        "time, its share that of a copy of the input in the same rounds:\n\n"
+        f"time, its share that of a copy of the input in the same rounds{_KEPT if counted else ''}:\n\n"
         f"{means(document)}\n\n{details(document)}\n{untimed}\n"
         f"What a call costs the host:\n\n{host(document)}\n"
     )

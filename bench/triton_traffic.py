@@ -30,6 +30,7 @@ TESTS = (
     "tests/test_triton_traffic.py",
     "tests/test_triton_batch_norm_traffic.py",
     "tests/test_triton_group_norm_traffic.py",
+    "tests/test_triton_dropout_traffic.py",
 )
 _PRINTED = re.compile(r"bytes over the minimum: ([\d.]+)(?:; ([a-z ]+): ([\d.]+) minimums)?")
 
@@ -47,6 +48,9 @@ CALLS = {
     "test_backward_of_constant_statistics_reads_once": "batch norm in evaluation, backward",
     "test_groups_are_read_twice_or_once": "group and instance norm, forward",
     "test_backward_of_groups_reads_twice_or_once": "group and instance norm, backward",
+    "test_dropout_reads_once_and_writes_once": "dropout, with a residual and scales or without",
+    "test_backward_of_layer_scale_reads_once": "dropout backward with the gradient of `layer_scale`",
+    "test_drop_block_reads_once_and_writes_once": "DropBlock, drawing its mask included",
 }
 
 

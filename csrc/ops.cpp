@@ -50,6 +50,21 @@ STABLE_TORCH_LIBRARY(fastreg_native, m) {
   m.def(
       "instance_norm_fwd(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? "
       "running_var, float momentum, float eps, int activation, float negative_slope) -> (Tensor, Tensor)");
+  m.def(
+      "dropout_fwd(Tensor input, Tensor? residual, Tensor? row_scale, Tensor? layer_scale, Tensor? seed, int "
+      "threshold, Tensor? dynamic_threshold, int unit, bool rescale) -> Tensor");
+  m.def(
+      "dropout_inplace(Tensor(a!) input, Tensor seed, int threshold, Tensor? dynamic_threshold, int unit, bool "
+      "rescale) -> ()");
+  m.def(
+      "dropout_bwd(Tensor grad_output, Tensor? input, Tensor? row_scale, Tensor? layer_scale, Tensor? seed, int "
+      "threshold, Tensor? dynamic_threshold, int unit, bool rescale, int input_dtype, bool[2] output_mask) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "drop_block_mask(Tensor seed, int[] shape, int[] block_size, int threshold, Tensor? dynamic_threshold, bool "
+      "anywhere) -> (Tensor, Tensor)");
+  m.def("drop_block_apply(Tensor input, Tensor bits, Tensor scale) -> Tensor");
+  m.def("drop_block_inplace(Tensor(a!) input, Tensor bits, Tensor scale) -> ()");
   m.def("simd() -> str");
   m.def("set_simd(str name) -> ()");
   m.def("empty_cache() -> ()");

@@ -86,3 +86,13 @@ def define(op: str, name: str, schema: str, fake: Callable[..., Any]) -> Operato
     operator = Operator(op, name, schema, fake)
     OPERATORS[name] = operator
     return operator
+
+
+def define_for_tracing(
+    name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register ``fastreg::<name>``, which no backend implements: plain torch that a compiler is not to look into."""
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastreg::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastreg, name).default  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ from fastreg import nn
 from fastreg.fuse import fuse as fuse_model
 from fastreg.fuse.classes import ORIGINAL, original_class, restore
 from fastreg.nn import external
+from fastreg.nn._rate import Rated
 from fastreg.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct2d
 
 Selector = str | type[torch.nn.Module] | Callable[[str, torch.nn.Module], bool]
@@ -30,8 +31,19 @@ _REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.InstanceNorm1d: nn.InstanceNorm1d,
     torch.nn.InstanceNorm2d: nn.InstanceNorm2d,
     torch.nn.InstanceNorm3d: nn.InstanceNorm3d,
+    torch.nn.Dropout: nn.Dropout,
+    torch.nn.Dropout1d: nn.Dropout1d,
+    torch.nn.Dropout2d: nn.Dropout2d,
+    torch.nn.Dropout3d: nn.Dropout3d,
 }
-_OURS = frozenset((*_REPLACEMENTS.values(), nn.BatchNormAct2d, SyncBatchNormAct2d, nn.GroupNormAct))
+_OURS = frozenset(
+    (
+        *_REPLACEMENTS.values(),
+        *(nn.BatchNormAct2d, SyncBatchNormAct2d, nn.GroupNormAct),
+        *(nn.DropPath, nn.DropoutAdd),
+        *(nn.DropBlock2d, nn.DropBlock3d),
+    )
+)
 
 _SYNCHRONISED: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     **dict.fromkeys(
@@ -54,7 +66,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Kept:
-    """A normalisation layer that was left as it was, and why."""
+    """A norm or a layer of the dropout family that was left as it was, and why."""
 
     name: str
     kind: str
@@ -63,7 +75,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Fused:
-    """A norm that runs in one kernel with what follows it: its name, and what that is (``"norm + add + relu"``)."""
+    """A layer that runs in one kernel with what follows it: its name, and what that is (``"norm + add + relu"``)."""
 
     name: str
     what: str
@@ -74,7 +86,8 @@ class Report:
     """What ``convert`` or ``revert`` did: ``str(report)`` is readable, the lists are for programs.
 
     Attributes:
-        fused, alone: with ``fuse=True``, the norms that are one kernel with what follows them, and those that are not.
+        fused: with ``fuse=True``, the norms and dropouts that are one kernel with what follows them.
+        alone: with ``fuse=True``, the norms that are not. A dropout is not in here: most have no addition behind them.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
@@ -127,38 +140,44 @@ def convert(
     sync: bool = False,
     process_group: Any = None,
 ) -> Report:
-    """Replace the normalisation layers of ``model``, in place, by fastreg's.
+    """Replace the norms of ``model``, and the layers of the dropout family, in place, by fastreg's.
 
     Each layer stays the same object and only changes its class, so parameters, buffers, hooks, training mode, state
     dict keys, optimisers that hold its parameters and references from elsewhere all stay as they are. Numbers change by
-    no more than the rounding of the dtype. ``revert(model)`` undoes it.
+    no more than the rounding of the dtype, except that in training a dropout draws other masks: of the same
+    distribution, from the same generator. ``revert(model)`` undoes it.
 
     Replaced are ``torch.nn.LayerNorm``, ``RMSNorm``, ``GroupNorm``, ``BatchNorm1d``, ``BatchNorm2d``, ``BatchNorm3d``,
-    ``SyncBatchNorm``, ``InstanceNorm1d``, ``InstanceNorm2d`` and ``InstanceNorm3d``, torchvision's ``LayerNorm2d`` and
-    ``FrozenBatchNorm2d``, and timm's ``LayerNorm``, ``LayerNorm2d``, ``RmsNorm``, ``RmsNorm2d``, ``GroupNorm``,
-    ``GroupNorm1``, ``BatchNormAct2d``, ``SyncBatchNormAct``, ``GroupNormAct`` and ``GroupNorm1Act``: exactly these
-    types, since a subclass may compute something else.
+    ``SyncBatchNorm``, ``InstanceNorm1d``, ``InstanceNorm2d``, ``InstanceNorm3d``, ``Dropout``, ``Dropout1d``,
+    ``Dropout2d`` and ``Dropout3d``, torchvision's ``LayerNorm2d``, ``FrozenBatchNorm2d``, ``DropBlock2d``,
+    ``DropBlock3d`` and ``StochasticDepth``, and timm's ``LayerNorm``, ``LayerNorm2d``, ``RmsNorm``, ``RmsNorm2d``,
+    ``GroupNorm``, ``GroupNorm1``, ``BatchNormAct2d``, ``SyncBatchNormAct``, ``GroupNormAct``, ``GroupNorm1Act``,
+    ``DropPath`` and ``DropBlock2d``: exactly these types, since a subclass may compute something else. A dropout
+    scales exactly for what it drops, where torchvision's and timm's ``DropBlock`` add an epsilon, and what it drops is
+    0 even where the input is infinite or NaN.
 
-    With ``fuse=True`` a batch norm runs in one kernel with the addition and the activation behind it, and a group or
-    instance norm with the activation behind it, wherever ``torch.fx`` shows them. The module whose forward calls them
-    gets a class derived from its own, with a new forward; the norm, the activation and all names stay. A hook that is
-    registered later on the norm or the activation, an argument that is not a tensor, or a residual of another shape or
-    dtype is noticed in the call, which then runs what the model has; a forward that does what a graph does not show (a
-    ``with`` block, say) is not touched. Revert such a model before ``torch.jit.script``.
+    With ``fuse=True`` a batch norm runs in one kernel with the addition and the activation behind it, a group or
+    instance norm with the activation behind it, and a ``Dropout``, ``DropPath`` or ``StochasticDepth`` with the
+    addition behind it, wherever ``torch.fx`` shows them. The module whose forward calls them gets a class derived from
+    its own, with a new forward; the layer, the activation and all names stay. A hook that is registered later on the
+    layer or the activation, an argument that is not a tensor, a residual of another shape or (for a norm) dtype, or a
+    dropout that drops nothing is noticed in the call, which then runs what the model has; a forward that does what a
+    graph does not show (a ``with`` block, say) is not touched. Revert such a model before ``torch.jit.script``.
 
     Args:
         model: any module; it may itself be a layer that is replaced.
-        include: what to replace, and which norms to fuse; None for everything known. A selector is a module type, a
-            pattern of names (``"encoder.*"``, as in fnmatch), or a function of (name, module); one or several.
+        include: what to replace, and which norms and dropouts to fuse; None for everything known. A selector is a
+            module type, a pattern of names (``"encoder.*"``, as in fnmatch), or a function of (name, module); one or
+            several.
         exclude: what to leave alone, likewise; it wins over ``include``. With ``fuse`` also activations, and modules
             whose forward is to stay.
-        fuse: also merge norm + activation, norm + add and norm + add + activation.
+        fuse: also merge norm + activation, norm + add, norm + add + activation, dropout + add and drop path + add.
         sync: make every batch norm, torch's and fastreg's, a ``fastreg.nn.SyncBatchNorm``.
         process_group: with ``sync``, whose processes share their statistics; None: all of them.
 
     Returns:
-        A report of what was replaced and of the normalisation layers that were not, each with the reason; and of what
-        was fused.
+        A report of what was replaced and of the norms and dropouts that were not, each with the reason; and of what was
+        fused.
 
     Raises:
         TypeError: model is not a module, or a selector is none of the three kinds.
@@ -201,7 +220,8 @@ def convert(
 def revert(model: torch.nn.Module) -> Report:
     """Undo ``convert``, in place: every layer that it replaced and every module that it fused gets its class back.
 
-    Layers that were built as fastreg's own are left alone.
+    Layers that were built as fastreg's own are left alone. A rate that ``fastreg.nn.LinearSchedule`` made a tensor is a
+    number again.
 
     Returns:
         A report of what was changed back.
@@ -215,6 +235,8 @@ def revert(model: torch.nn.Module) -> Report:
         if ORIGINAL not in vars(module):
             continue
         before, synchronised = type(module), isinstance(module, torch.nn.SyncBatchNorm)
+        if isinstance(module, Rated):
+            module._fix_rate()
         restore(module)
         if synchronised and not isinstance(module, torch.nn.SyncBatchNorm):
             vars(module).pop("process_group", None)
@@ -249,8 +271,8 @@ def _why_unknown(module: torch.nn.Module) -> str | None:
         return "scripted: convert before torch.jit.script" if scripted else None
     if isinstance(module, _NormBase) and isinstance(module, LazyModuleMixin):
         return "lazy: run a batch through the model first"
-    for known in _REPLACEMENTS:
-        if isinstance(module, known):
+    for known in kind.__mro__:
+        if known in _REPLACEMENTS or external.is_known(known):
             return f"a subclass of {_class_name(known)}, which may compute something else"
     return None
 

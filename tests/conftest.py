@@ -194,7 +194,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--complete"):
         left_out = {item for item in chosen if _left_to_complete(item, options["backend"], options["device"])}
         if options == {"backend": "triton", "device": "cpu"} and parts == 1:
-            left_out |= _every_second_case(chosen)
+            left_out |= _two_of_three_cases(chosen)
         chosen = [item for item in chosen if item not in left_out]
         config.stash[_LEFT_OUT] = len(left_out)
     every_kernel = config.getoption("--every-kernel")
@@ -209,10 +209,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = chosen
 
 
-def _every_second_case(items: list[pytest.Item]) -> set[pytest.Item]:
+def _two_of_three_cases(items: list[pytest.Item]) -> set[pytest.Item]:
     """Of the cases of the op suites, which take the interpreter minutes; the other backends have all of them."""
     cases = [item for item in items if isinstance(item, pytest.Function) and item.originalname == "test_case"]
-    return set(cases[1::2])
+    return set(cases) - set(cases[::3])
 
 
 def _left_to_complete(item: pytest.Item, backend: str, device: str) -> bool:

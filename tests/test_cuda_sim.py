@@ -33,8 +33,9 @@ ALL_MUTANTS = mutants.mutants()
 SPECS = {"layer_norm": norms.LAYER_NORM, "rms_norm": norms.RMS_NORM}
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
-# Kernels that have files of their own: test_cuda_sim_batch_norm.py and test_cuda_sim_group_norm.py.
-OF_CHANNELS = ("batch_norm", "group_norm", "instance_norm")
+# Kernels that have files of their own: test_cuda_sim_batch_norm.py, test_cuda_sim_group_norm.py and
+# test_cuda_sim_dropout.py.
+OF_OTHER_FILES = ("batch_norm", "group_norm", "instance_norm", "dropout", "drop_block")
 
 TWO_OF_AN_H100 = Device(architecture=90, multiprocessors=2)
 
@@ -98,7 +99,7 @@ def test_every_kernel_is_launched_and_right(name: str, element: torch.dtype) -> 
     expected = {
         kernel
         for kernel in backend.kernels()
-        if of_this_case.search(kernel) and not kernel.startswith(OF_CHANNELS)
+        if of_this_case.search(kernel) and not kernel.startswith(OF_OTHER_FILES)
     }
     assert expected - set(backend.launched()) == set()
 
@@ -233,7 +234,9 @@ def _output(program: Path, *arguments: str) -> str:
 def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str, ...]) -> None:
     listed = _output(build.standalone(trace=True), *schedule, "kernels")
     reached = {launch.kernel for launch in backend.parse_launches(listed)}
-    assert {kernel for kernel in backend.kernels() if not kernel.startswith(OF_CHANNELS)} - reached == set()
+    assert {
+        kernel for kernel in backend.kernels() if not kernel.startswith(OF_OTHER_FILES)
+    } - reached == set()
 
 
 @pytest.mark.complete
@@ -290,7 +293,8 @@ def test_every_mistake_is_reported() -> None:
 
 @pytest.mark.complete
 @pytest.mark.parametrize(
-    "file", ["layer_norm.cuh", "batch_norm.cuh", "batch_norm_resident_planes.cuh", "group_norm.cuh"]
+    "file",
+    ["layer_norm.cuh", "batch_norm.cuh", "batch_norm_resident_planes.cuh", "group_norm.cuh", "dropout.cuh"],
 )
 def test_the_program_of_the_mutants_accepts_the_kernels(file: str) -> None:
     assert mutants.output_of(mutants.program_of(file)) == ""

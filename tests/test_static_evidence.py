@@ -450,6 +450,12 @@ def _wide(name: str, arguments: list[str]) -> tuple[int, int]:
     if name == "backward_kernel":
         packs = (32 if arguments[3] == "true" else 16) // width
         return 2 * packs, packs
+    if name.startswith("dropout"):
+        # A 16-bit tensor beside a float32 one is accessed in 8 bytes.
+        first, second = (0 if each == "float" else 1 for each in arguments[:2])
+        return {
+            "dropout_columns_kernel": (4, 2) if first == second else (2, 0),
+        }.get(name, (4, 2) if first == second else (2, 2) if second == 0 else (2, 0))
     return {
         "batch_norm_statistics_kernel": (4, 0),
         "batch_norm_apply_kernel": (8, 4),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastreg
 from fastreg import _library
@@ -21,9 +22,11 @@ pytestmark = pytest.mark.backend_independent
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastreg"
-OPS = [spec.name for spec in SPECS]
+OPS = [spec.name for spec in SPECS] + ["drop_block", "dropout"]
+FUNCTIONS = list(fastreg.functional.__all__)
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_op = pytest.mark.parametrize("op", OPS)
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def module_name(path: Path) -> str:
@@ -46,7 +49,7 @@ LAYERS = (
     ("fastreg._library",),
     ("fastreg.backends",),
     ("fastreg.backends.reference", "fastreg.backends.triton", "fastreg.backends.native"),
-    ("fastreg._native", "fastreg._channels", "fastreg._activations"),
+    ("fastreg._native", "fastreg._channels", "fastreg._activations", "fastreg._units"),
 )
 
 
@@ -157,7 +160,11 @@ def test_every_op_has_its_file_in_every_room(op: str, room: str) -> None:
 
 
 def test_every_public_function_is_in_the_suite() -> None:
-    assert sorted(fastreg.functional.__all__) == sorted(OPS)
+    homes = {getattr(fastreg.functional, name).__module__ for name in FUNCTIONS}
+    assert homes == {f"fastreg.ops.{op}" for op in OPS}
+    tested = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    assert all(spec.name in FUNCTIONS for spec in SPECS)
+    assert all(re.search(rf"\b{name}\b", tested) for name in FUNCTIONS)
     assert sorted(operators_of(op) for op in OPS) == sorted(
         [
             ["layer_norm_fwd", "layer_norm_bwd"],
@@ -167,6 +174,8 @@ def test_every_public_function_is_in_the_suite() -> None:
             ["group_norm_fwd", "group_norm_bwd"],
             # Its backward is group norm's.
             ["instance_norm_fwd"],
+            ["dropout_fwd", "dropout_inplace", "dropout_bwd"],
+            ["drop_block_mask", "drop_block_apply", "drop_block_inplace"],
         ]
     )
     assert sum(len(operators_of(op)) for op in OPS) == len(_library.OPERATORS)
@@ -211,22 +220,24 @@ def test_backends_export_functions_with_the_schemas_arguments(op: str, room: str
 # --- documentation ---
 
 
-@each_op
-def test_a_public_docstring_has_every_part(op: str) -> None:
-    function = getattr(fastreg.functional, op)
+@each_function
+def test_a_public_docstring_has_every_part(name: str) -> None:
+    function = getattr(fastreg.functional, name)
     text = inspect.getdoc(function) or ""
     first = text.split("\n\n")[0]
     assert first.endswith(".")
     assert "\n" not in first
-    assert re.search(rf"``(activation\()?torch\.nn\.functional\.{op}\(", text)
+    assert re.search(r"^Equivalent to ``", text, re.M)
+    if hasattr(torch.nn.functional, name):
+        assert re.search(rf"``(activation\()?torch\.nn\.functional\.{name}\(", text)
     assert re.search(r"^Formula::\n\n    .*=", text, re.M)
     assert re.search(r"^where\n    - ", text, re.M)
     arguments = text[text.index("Args:") : text.index("Returns:")]
-    for name in inspect.signature(function).parameters:
-        assert re.search(rf"^    {name}: ", arguments, re.M), name
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^    {argument}: ", arguments, re.M), argument
     tensors = [
-        name
-        for name, each in inspect.signature(function).parameters.items()
+        argument
+        for argument, each in inspect.signature(function).parameters.items()
         if "Tensor" in str(each.annotation)
     ]
     assert arguments.count("Shape: ") == len(tensors)

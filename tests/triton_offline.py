@@ -30,7 +30,10 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -54,7 +57,11 @@ class Launch:
             return "constexpr"
         if isinstance(value, torch.Tensor):
             return POINTERS[value.dtype]
-        return "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, float):
+            return "fp32"
+        # A parameter that says so is of 64 bits whatever its value.
+        annotated: str = self.kernel.params[self.kernel.arg_names.index(name)].annotation_type
+        return annotated or ("i32" if -(2**31) <= value < 2**31 else "i64")
 
     def aligned(self) -> frozenset[str]:
         """The pointers that Triton finds aligned to 16 bytes when it launches."""
@@ -139,10 +146,10 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
 
 
 LOADED = {
-    "normalize_resident": ("input",),
+    "normalize_resident": ("input", "residual"),
     "normalize_looped": ("input", "input"),
     "project_looped": ("grad_output", "input"),
-    "differentiate": ("grad_output", "input"),
+    "differentiate": ("grad_output", "input", "grad_sum", "branch"),
     "moments": ("input",),
     "normalize_channels": ("input", "residual"),
     "normalize_slab": ("input", "residual"),
@@ -154,11 +161,15 @@ LOADED = {
     "sum_group_gradients": ("grad_output", "input"),
     "differentiate_groups": ("grad_output", "input"),
     "differentiate_group_slab": ("grad_output", "input"),
+    "drop": ("input", "residual"),
+    "sum_layer_scale": ("grad_output", "input"),
+    "apply_planes": ("input",),
+    "apply_pixels": ("input",),
 }
 STORED = {
-    "normalize_resident": ("output",),
+    "normalize_resident": ("output", "total"),
     "normalize_looped": ("output",),
-    "differentiate": ("grad_input",),
+    "differentiate": ("grad_input", "grad_branch"),
     "normalize_channels": ("output",),
     "normalize_slab": ("output",),
     "sum_gradients": ("grad_input", "grad_residual"),
@@ -168,13 +179,17 @@ STORED = {
     "normalize_group_slab": ("output",),
     "differentiate_groups": ("grad_input",),
     "differentiate_group_slab": ("grad_input",),
+    "drop": ("output",),
+    "sum_layer_scale": ("grad_input",),
+    "apply_planes": ("output",),
+    "apply_pixels": ("output",),
 }
 
 
 def wide_accesses(launch: Launch) -> tuple[int, int]:
     """How many 16-byte loads and stores of activations a thread makes for a tile; 0 where nothing is aligned."""
     name, arguments = launch.kernel.__name__, launch.arguments
-    if arguments.get("VECTOR", 0) < 8:
+    if arguments.get("VECTOR", arguments.get("RUN", 0)) < (arguments.get("RUN") or 8):
         return 0, 0
     loaded = tuple(each for each in LOADED.get(name, ()) if arguments[each] is not None)
     stored = tuple(each for each in STORED.get(name, ()) if arguments[each] is not None)
@@ -185,9 +200,25 @@ def wide_accesses(launch: Launch) -> tuple[int, int]:
 
 def _wide(launch: Launch, name: str) -> int:
     tile = launch.arguments
+    if "RUN" in tile:
+        # A run is what a thread has next to each other: of 16-bit elements beside 32-bit ones 8 bytes.
+        if tile["RUN"] * tile[name].element_size() < 16 or name not in launch.aligned():
+            return 0
+        return int(tile.get("ROWS", 1) * tile["RUNS"] // (32 * launch.warps))
+    if tile.get("DRAW") is not None and _narrower_than_the_sum(tile, name):
+        return 0
     rows = tile.get("ROWS", tile.get("SAMPLES", 1) * tile.get("LINES", 1))
+    if "OCTETS" in tile:
+        rows = tile["LINES"] * tile["OCTETS"] * 8
     elements = rows * tile["BLOCK"] * tile.get("CHUNKS", 1)
     return int(elements * tile[name].element_size() // (16 * 32 * launch.warps))
+
+
+def _narrower_than_the_sum(tile: dict[str, Any], name: str) -> bool:
+    """Whether these are 16-bit elements of a branch beside 32-bit ones of the sum; or a sum that is not written."""
+    total = tile.get("total", tile["input"])
+    not_written = name == "total" and not tile.get("KEEPS_TOTAL", True)
+    return bool(tile[name].element_size() < total.element_size() or not_written)
 
 
 # --- what is compiled ----------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from bench.gpu.build import ROOT
 sys.path.insert(0, str(ROOT / "tests"))
 
 import suite
+from bench.gpu import mask_shapes
 from cases import Case, Mix, Size
 from channel_norms import BATCH_NORM
 from criterion import Rejected, check
@@ -185,34 +187,42 @@ def run(spec: suite.OpSpec, case: Case, aligned: bool, device: str) -> None:
         check(key, result.cpu(), exact[key])
 
 
+def everything(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The name of every case of every op, and what runs it."""
+    shapes, maps, groups, instances = SHAPES, MAPS, GROUPS, INSTANCES
+    if device == "cpu":
+        shapes, maps, groups, instances = REHEARSED, REHEARSED_MAPS, REHEARSED_GROUPS, REHEARSED_INSTANCES
+    for spec, chosen in (
+        *((LAYER_NORM, shapes), (RMS_NORM, shapes), (BATCH_NORM, maps)),
+        *((GROUP_NORM, groups), (INSTANCE_NORM, instances)),
+    ):
+        for name, case, shape in cases(spec, chosen):
+            yield name, partial(run, spec, case, shape.aligned, device)
+    for name, run_mask, aligned in mask_shapes.cases(rehearsal=device == "cpu"):
+        yield name, partial(run_mask, partial(copied, device=device, aligned=aligned))
+
+
 def main() -> int:
     """Run all cases; 1 where a result is wrong."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", choices=("native", "triton"), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    shapes, maps, groups, instances = SHAPES, MAPS, GROUPS, INSTANCES
-    if options.device == "cpu":
-        shapes, maps, groups, instances = REHEARSED, REHEARSED_MAPS, REHEARSED_GROUPS, REHEARSED_INSTANCES
-        if options.backend == "triton":
-            import triton_interpreter
+    if options.device == "cpu" and options.backend == "triton":
+        import triton_interpreter
 
-            triton_interpreter.install()
+        triton_interpreter.install()
     count, wrong = 0, 0
     with backends.use(options.backend), torch.no_grad():
-        for spec, chosen in (
-            *((LAYER_NORM, shapes), (RMS_NORM, shapes), (BATCH_NORM, maps)),
-            *((GROUP_NORM, groups), (INSTANCE_NORM, instances)),
-        ):
-            for name, case, shape in cases(spec, chosen):
-                count += 1
-                try:
-                    run(spec, case, shape.aligned, options.device)
-                except Rejected as rejection:
-                    wrong += 1
-                    print(f"wrong: {name}: {rejection}", flush=True)
-                else:
-                    print(f"right: {name}", flush=True)
+        for name, run_case in everything(options.device):
+            count += 1
+            try:
+                run_case()
+            except Rejected as rejection:
+                wrong += 1
+                print(f"wrong: {name}: {rejection}", flush=True)
+            else:
+                print(f"right: {name}", flush=True)
     print(f"{count - wrong} of {count} cases right", flush=True)
     return 1 if wrong else 0
 

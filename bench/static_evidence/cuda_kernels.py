@@ -13,8 +13,9 @@ import torch
 from bench.static_evidence import ROOT, machine_code
 from bench.static_evidence.record import Launch, Record, Table, record
 from cuda_sim import backend
-from fastreg import _activations
+from fastreg import _activations, _units
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by the operators' numbers
 LIBRARY = ROOT / "fastreg" / "lib" / "libfastreg_cuda.so"
 LOGS = ROOT / "build" / "ptxas"
 # Multiprocessors: of an A100, an H100, a B200 and an RTX 5090.
@@ -137,6 +138,28 @@ def _call_group_norm(
     backend.group_norm_bwd(input, input, groups, statistics, vector, vector, activation, 0.0, everything)
 
 
+def _call_dropout(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> None:
+    """Elements and rows dropped, with a residual of either dtype and without; the gradient of layer_scale."""
+    input, wide = (_rows(rows, hidden, each, aligned) for each in (dtype, torch.float32))
+    seed, vector, number = torch.zeros((), dtype=torch.int64), torch.empty(hidden), _DTYPES.index(dtype)
+    for unit, threshold in ((_units.ELEMENT, 1 << 13), (_units.SAMPLE, 1 << 29)):
+        for residual in (None, input, wide):
+            backend.dropout_fwd(input, residual, None, vector, seed, threshold, None, unit, True)
+        for grad_output, mask in product((input, wide), ((True, False), (True, True))):
+            scales = (input, None, vector) if mask[1] else (None, None, None)
+            backend.dropout_bwd(grad_output, *scales, seed, threshold, None, unit, True, number, mask)
+
+
+def _call_drop_block(
+    samples: int, channels: int, side: int, rows: bool, dtype: torch.dtype, aligned: bool
+) -> None:
+    """The mask of each channel, and its application."""
+    input = _maps(samples, channels, side, rows, dtype, aligned)
+    block, seed = [min(7, side)] * 2, torch.zeros((), dtype=torch.int64)
+    bits, _ = backend.drop_block_mask(seed, list(input.shape), block, 1 << 27, None, False)
+    backend.drop_block_apply(input, bits, torch.ones(1, dtype=torch.float64))
+
+
 def launches(architecture: int) -> dict[str, set[Launch]]:
     """How each kernel is launched at realistic problems, by the launch code itself, run by the simulator."""
     found: dict[str, set[Launch]] = defaultdict(set)
@@ -147,12 +170,14 @@ def launches(architecture: int) -> dict[str, set[Launch]]:
             if rows * hidden <= MOST_ELEMENTS:
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     _call_all(rows, hidden, dtype, aligned)
+                    _call_dropout(rows, hidden, dtype, aligned)
         for samples, (channels, side), rows, aligned in product(
             SAMPLES, CHANNELS, (True, False), (True, False)
         ):
             if samples * channels * side * side <= MOST_ELEMENTS:
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     _call_batch_norm(samples, channels, side, rows, dtype, aligned)
+                    _call_drop_block(samples, channels, side, rows, dtype, aligned)
         for samples, (channels, side, groups), rows, aligned in product(
             GROUP_SAMPLES, GROUPS, (True, False), (True, False)
         ):

@@ -75,7 +75,8 @@ def resources(lines: Iterable[str]) -> dict[Kernel, Resources]:
         elif usage := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
             registers, stack, shared = map(int, usage.groups())
             reserved = SHARED_RESERVED if architecture >= 90 else 0
-            found[architecture, name] = Resources(registers, stack, shared - reserved)
+            # A kernel without any is listed without what is reserved.
+            found[architecture, name] = Resources(registers, stack, max(shared - reserved, 0))
     return found
 
 

@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <mutex>
 #include <new>
+#include <numeric>
 #include <vector>
 
 namespace fastreg {
@@ -215,9 +217,11 @@ Tensor new_output(const int64_t* sizes, const int64_t* strides, int64_t dimensio
   return new_from_either({sizes, strides, dimensions, torch_dtype(dtype), device, bytes}, op);
 }
 
-Tensor new_bytes(int64_t count, Device device, const char* op) {
-  const int64_t stride = 1;
-  return new_from_either({&count, &stride, 1, aoti_torch_dtype_uint8(), device, count}, op);
+Tensor new_bytes(const int64_t* sizes, int64_t dimensions, Device device, const char* op) {
+  int64_t strides[maximum_dimensions];
+  contiguous_strides(sizes, dimensions, strides);
+  const int64_t bytes = std::accumulate(sizes, sizes + dimensions, int64_t{1}, std::multiplies<>());
+  return new_from_either({sizes, strides, dimensions, aoti_torch_dtype_uint8(), device, bytes}, op);
 }
 
 Scratch::~Scratch() {

@@ -31,8 +31,11 @@ inline Tensor new_output(const int64_t* sizes, int64_t dimensions, DType dtype, 
   return new_output(sizes, strides, dimensions, dtype, device, op);
 }
 
+// A contiguous one of uint8.
+Tensor new_bytes(const int64_t* sizes, int64_t dimensions, Device device, const char* op);
+
 // `count` bytes as a vector of uint8.
-Tensor new_bytes(int64_t count, Device device, const char* op);
+inline Tensor new_bytes(int64_t count, Device device, const char* op) { return new_bytes(&count, 1, device, op); }
 
 // Working memory of one call, aligned to a cache line.
 class Scratch {

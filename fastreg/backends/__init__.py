@@ -130,6 +130,9 @@ def pick(op: str, tensor: torch.Tensor) -> str:
 
 
 def _decide(request: str | None, op: str, device_type: str, dtype: torch.dtype) -> str:
+    if dtype == torch.int64:
+        # A seed: what masks are made for has no dtype.
+        dtype = torch.float32
     if request is None:
         # The reference ends every list, so there is always one.
         order = preference(op, device_type)

@@ -26,6 +26,8 @@ from fastreg.cli.workloads import Case, Problem
 # Rows and hidden sizes of the norms over rows; and a layer of ResNet-50 with its residual and ReLU, in both layouts.
 KERNEL_SHAPES = {"cpu": ((2048, 768), (8192, 1024)), "cuda": ((65536, 1024), (16384, 4096))}
 KERNEL_MAPS = {"cpu": (32, 512, 28, 28), "cuda": (256, 512, 28, 28)}
+# A stage that DropBlock's paper has it in, where torch's chain takes less than a second.
+KERNEL_BLOCKS = {"cpu": (32, 1024, 14, 14), "cuda": (256, 1024, 14, 14)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,13 @@ class Plan:
             Case(op, kernel_map, benchmark.DTYPES[0], "contiguous", chain)
             for op, chain in (("group_norm", "silu"), ("instance_norm", "relu"))
         ]
-        return over_rows + over_channels + over_groups
+        masked = [
+            Case("dropout", shapes[-1], benchmark.DTYPES[0], chain="add"),
+            Case(
+                "drop_block", self.kernel_map or KERNEL_BLOCKS[device.type], benchmark.DTYPES[0], "contiguous"
+            ),
+        ]
+        return over_rows + over_channels + over_groups + masked
 
 
 QUICK = Plan(

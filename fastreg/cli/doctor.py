@@ -16,7 +16,7 @@ import torch
 
 import fastreg
 from fastreg import _native, backends
-from fastreg.cli import extras, machine
+from fastreg.cli import extras, machine, workloads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEVICES = ("cpu", "cuda")
@@ -124,7 +124,7 @@ def _choices() -> Iterator[str]:
     asked = f"; {requested} is asked for by name (FASTREG_BACKEND or backends.use)" if requested else ""
     yield f"Which backend runs{asked}"
     yield f"  {'op':<14}{'device':<8}{'backend':<12}{'dtypes':<40}why"
-    for op, device_type in product(fastreg.functional.__all__, DEVICES):
+    for op, device_type in product(workloads.names(), DEVICES):
         absent = device_type == "cuda" and not torch.cuda.is_available()
         note = " (if there were a GPU)" if absent else ""
         dtypes: dict[tuple[str, str], list[str]] = {}
@@ -138,7 +138,7 @@ def _reasons() -> Iterator[str]:
     """Why a backend does not serve, each reason once with the cases that it holds for."""
     yield "Why not the others"
     cases: dict[tuple[str, str], dict[tuple[str, str], dict[str, None]]] = {}
-    for op, device_type, dtype in product(fastreg.functional.__all__, DEVICES, DTYPES):
+    for op, device_type, dtype in product(workloads.names(), DEVICES, DTYPES):
         for name in backends.NAMES:
             reason = unavailable(name, op, device_type, dtype)
             if reason is not None and name == "native" and reason == _native.reason(device_type):
@@ -163,7 +163,7 @@ def _places(cases: list[tuple[str, str]]) -> Iterator[str]:
     """Ops, each with the type of a device, in as few words as there are."""
     for device_type in DEVICES:
         ops = [op for op, where in cases if where == device_type]
-        if len(ops) == len(fastreg.functional.__all__):
+        if len(ops) == len(workloads.names()):
             yield f"every op on {device_type}"
         elif ops:
             yield f"{', '.join(ops)} on {device_type}"

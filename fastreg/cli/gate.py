@@ -11,6 +11,10 @@ compute the same thing, so their error is held against the largest value of each
 the activation's dtype: torch.compile may make a fp32 parameter's gradient from values rounded to bfloat16. For sums in
 half precision that allowance is wide, because torch's layer norm on the CPU adds the parameters' gradients up in that
 dtype: bfloat16 over 8192 rows is 5 to 19 % off, by the number of threads.
+
+A random op's results are held to the formula for the mask that was drawn. fastreg's mask is known from the seed; that
+of another library is read off its results, and the share that it drops has to be within six standard deviations of what
+was asked for.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import torch
 ROUNDINGS = 16
 PEER_ALLOWANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 0.03}
 PEER_ALLOWANCE_OF_SUMS = {**PEER_ALLOWANCE, torch.float16: 0.4, torch.bfloat16: 0.4}
+
+DEVIATIONS = 6
 
 Results = Mapping[str, torch.Tensor]
 """What one call returned, by name: "output", "grad_input", "grad_weight", ..."""
@@ -108,6 +114,29 @@ def verdict(results: Results, exact: Exact, budget_of: Callable[[torch.dtype], t
     relative, used = (math.inf if math.isnan(share) else share for share in shares)
     allowance = PEER_ALLOWANCE_OF_SUMS if exact.part is None else PEER_ALLOWANCE
     return Verdict(used, relative, relative / allowance[results["output"].dtype], exact.name)
+
+
+class Implausible(ValueError):
+    """What another library dropped is not what was asked for."""
+
+
+def check_share(kept: torch.Tensor, expected: float, deviation: float) -> None:
+    """Whether a mask drops the share that it should.
+
+    Args:
+        kept: the mask, true where something is kept.
+        expected: the share to be dropped.
+        deviation: the standard deviation of the share, or more.
+
+    Raises:
+        Implausible: it does not.
+    """
+    share = 1 - int(kept.sum()) / kept.numel()
+    away = abs(share - expected) / deviation
+    if away > DEVIATIONS:
+        raise Implausible(
+            f"{share:.4g} is dropped where {expected:.4g} was expected, {away:.2g} standard deviations away"
+        )
 
 
 def judge(candidates: Mapping[str, Results], truth: Iterable[Exact]) -> dict[str, Verdict]:

@@ -7,16 +7,18 @@ passes than needed shows fewer; the share is that of the copy measured in the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastreg import backends
 from fastreg.cli import timing
-from fastreg.cli.gate import judge
+from fastreg.cli.gate import Implausible, Results, Verdict, judge
 from fastreg.cli.providers import Provider, providers_for
+from fastreg.cli.saved import saved_bytes
 from fastreg.cli.workloads import DIRECTIONS, Case, Problem
 
 COPY = "copy"
@@ -33,7 +35,8 @@ class Measured:
         copy_bytes: read and written by the copy that took part in the rounds.
         picked: the backend that a user's call would run.
         samples: a triple of seconds (forward, backward, both) a round, by provider; one figure a round for the copy.
-        notes: what the gate found, by provider: "budget_used", "relative_error", and "refused" or "failed".
+        notes: what the gate found, by provider: "budget_used", "relative_error", and "refused" or "failed"; and
+            "saved_bytes", what autograd keeps for backward beside the arguments.
         missing: why a provider did not take part.
     """
 
@@ -87,17 +90,45 @@ def _gated(problem: Problem, providers: Sequence[Provider]) -> tuple[list[Provid
         except Exception as error:  # noqa: BLE001 - any failure (no compiler, say) is a result, which the tables show
             first = (str(error).strip().splitlines() or [""])[0]
             notes[provider.name] = {"failed": f"{type(error).__name__}: {first}"}
-    for name, found in judge(results, problem.truth()).items():
+    peers = {provider.name for provider in providers if provider.peer}
+    for name, found in verdicts(problem, results, peers).items():
+        if isinstance(found, Implausible):
+            notes[name] = {"refused": str(found)}
+            continue
         notes[name] = {
             "budget_used": float(f"{found.budget_used:.3g}"),
             "relative_error": float(f"{found.relative_error:.3g}"),
         }
-        peer = next(provider.peer for provider in providers if provider.name == name)
-        refusal = found.refusal(peer)
+        refusal = found.refusal(name in peers)
         if refusal is not None:
             notes[name]["refused"] = refusal
     passed = [p for p in providers if not {"refused", "failed"} & notes[p.name].keys()]
+    for provider in passed:
+        with provider.context():
+            notes[provider.name]["saved_bytes"] = saved_bytes(
+                partial(problem.forward, provider.function),
+                (*problem.arguments.values(), *problem.buffers.values()),
+            )
     return passed, notes
+
+
+def verdicts(
+    problem: Problem, results: Mapping[str, Results], peers: Container[str]
+) -> dict[str, Verdict | Implausible]:
+    """The gate's verdict on each provider's results; of a random op, on each peer's by the mask that it drew."""
+    if problem.peer_truth is None:
+        return dict(judge(results, problem.truth()))
+    found: dict[str, Verdict | Implausible] = {}
+    ours = {name: each for name, each in results.items() if name not in peers}
+    if ours:
+        found |= judge(ours, problem.truth())
+    for name, each in results.items():
+        if name in peers:
+            try:
+                found |= judge({name: each}, problem.peer_truth(each))
+            except Implausible as reason:
+                found[name] = reason
+    return {name: found[name] for name in results}
 
 
 def _task(problem: Problem, provider: Provider, clock: timing.Clock) -> timing.Task:

@@ -13,6 +13,7 @@ import torch
 
 from fastreg import backends
 from fastreg.cli import images, timing
+from fastreg.cli.saved import saved_bytes
 from fastreg.cli.training import CONVERTED, NAMES, PLAIN, Settings
 
 # Relative to the largest output: two forward passes of a few dozen layers in fp32.
@@ -108,23 +109,8 @@ def compare(
 
 
 def saved_for_backward(model: torch.nn.Module, photographs: torch.Tensor, patch_size: int | None) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters and input apart, each storage once."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), photographs)}
-    sizes: dict[int, int] = {}
-    # Kept alive until the end: freed storage would give its address to another one, which would not be counted.
-    alive = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = logits(model, photographs, patch_size)
-    del output
-    return sum(sizes.values())
+    """Bytes that autograd keeps between forward and backward, parameters and input apart."""
+    return saved_bytes(lambda: logits(model, photographs, patch_size), (*model.parameters(), photographs))
 
 
 def _peaks(

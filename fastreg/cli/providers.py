@@ -20,6 +20,7 @@ LABELS = {
     "liger": "Liger",
     "no_cudnn": "torch eager without cuDNN",
     "timm": "timm",
+    "torchvision": "torchvision",
 }
 
 

@@ -25,6 +25,20 @@ def ratio(record: Record, baseline: str, provider: str | None = None) -> float |
     return None if slow is None or fast is None else slow / fast
 
 
+def saved(record: Record, provider: str) -> int | None:
+    """Bytes that a provider's forward keeps for backward, or None where that was not counted, as in older documents."""
+    found: int | None = record["providers"].get(provider, {}).get("saved_bytes")
+    return found
+
+
+def saved_share(records: Iterable[Record]) -> float | None:
+    """What fastreg keeps for backward over what torch eager does, of all cases together; None where nothing is kept."""
+    pairs = [(saved(record, record["picked"]), saved(record, EAGER)) for record in records]
+    counted = [(ours, eager) for ours, eager in pairs if ours is not None and eager is not None]
+    total = sum(eager for _, eager in counted)
+    return sum(ours for ours, _ in counted) / total if total else None
+
+
 def geometric_mean(values: Iterable[float]) -> float | None:
     """The geometric mean, or None of nothing."""
     logarithms = [math.log(value) for value in values]
@@ -46,6 +60,7 @@ class Group:
         eager, compile: geometric mean of the ratios to torch eager and to torch.compile.
         worst: the smallest ratio to torch eager, and ``worst_case`` where that is.
         share: geometric mean of the share of the copy bandwidth.
+        saved: what fastreg keeps for backward over what torch eager does; None where it was not counted.
     """
 
     name: tuple[str, ...]
@@ -55,6 +70,7 @@ class Group:
     worst: float | None
     worst_case: str
     share: float | None
+    saved: float | None
 
 
 def group(name: tuple[str, ...], records: Sequence[Record]) -> Group:
@@ -72,6 +88,7 @@ def group(name: tuple[str, ...], records: Sequence[Record]) -> Group:
         worst=worst,
         worst_case=where(at) if at else "",
         share=geometric_mean(shares),
+        saved=saved_share(timed),
     )
 
 
@@ -120,6 +137,16 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
+def size(value: float | None) -> str:
+    """Bytes with three digits: 8 B, 25.2 MB."""
+    if value is None:
+        return "–"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{number(value / factor)} {unit}"
+    return f"{value:.0f} B"
+
+
 Column = tuple[str, Callable[[Record], str]]
 
 
@@ -142,6 +169,20 @@ def case_columns(providers: Sequence[str], label: Callable[[str], str]) -> list[
         ("copy", lambda record: percent(share(record))),
         ("x eager", lambda record: times(ratio(record, EAGER))),
         ("x compile", lambda record: times(ratio(record, COMPILE))),
+    ]
+
+
+def saved_columns(records: Sequence[Record]) -> list[Column]:
+    """What torch eager and fastreg keep for backward; nothing where no case of the op keeps much beside its arguments.
+
+    A mask is at least an eighth of the input.
+    """
+    counted = [record for record in records if saved(record, EAGER) is not None]
+    if not any(8 * (saved(record, EAGER) or 0) >= record["copy"]["bytes"] / 2 for record in counted):
+        return []
+    return [
+        ("torch keeps", lambda record: size(saved(record, EAGER))),
+        ("fastreg keeps", lambda record: size(saved(record, record["picked"]))),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Norms with the additions and activations behind them in one kernel, where ``torch.fx`` shows them."""
+"""Norms and dropouts with the additions and activations behind them in one kernel, where ``torch.fx`` shows them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Found:
     """What was fused and what was not.
 
     Attributes:
-        fused: name of the norm -> what it is one kernel with.
-        alone: name of a norm that stays by itself -> why.
+        fused: name of the norm or dropout -> what it is one kernel with.
+        alone: name of a norm that stays by itself -> why. A dropout is not in here: most have no addition behind them.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
@@ -30,14 +30,15 @@ class Found:
 
 
 def fuse(model: torch.nn.Module, included: Selected, excluded: Selected) -> Found:
-    """Fuse fastreg's norms over channels with what follows them, in place; ``restore`` of each module undoes it.
+    """Fuse fastreg's norms over channels, and its dropouts, with what follows them; ``restore`` of each undoes it.
 
-    A module whose forward calls norms gets a class derived from its own, with a forward in which they are fused. Any
-    attribute that is set on it later, a child for instance, gives it its own class back.
+    A module whose forward calls such layers gets, in place, a class derived from its own, with a forward in which they
+    are fused. Any attribute that is set on it later, a child for instance, gives it its own class back.
 
     Args:
-        included: whether a norm may be fused.
-        excluded: whether a module is to be left as it is: a norm, an activation, or a module whose forward calls them.
+        included: whether a norm or dropout may be fused.
+        excluded: whether a module is to be left as it is: a norm, a dropout, an activation, or a module whose forward
+            calls them.
     """
     return _Fusion(model, included, excluded).run()
 
@@ -47,14 +48,14 @@ class _Fusion:
 
     Attributes:
         names: of all modules of the model.
-        norms: those of the norms.
+        layers: those of the layers that can be fused with something.
         found: what is known so far.
-        useful: sequences in which something is fused, or whose last norm is fused with what follows the sequence.
+        useful: sequences in which something is fused, or whose last layer is fused with what follows the sequence.
     """
 
     def __init__(self, model: torch.nn.Module, included: Selected, excluded: Selected) -> None:
         self.names = {module: name for name, module in model.named_modules()}
-        self.norms = {each: name for each, name in self.names.items() if _fused.kernel_of(each) is not None}
+        self.layers = {each: name for each, name in self.names.items() if _fused.fusion_of(each) is not None}
         self.included, self.excluded = included, excluded
         self.found = Found()
         self.useful: set[torch.nn.Module] = set()
@@ -62,10 +63,10 @@ class _Fusion:
     def run(self) -> Found:
         """Fuse what can be."""
         sequences = []
-        # From the inside: a sequence has to be one of ours before what follows it can be fused with its last norm.
+        # From the inside: a sequence has to be one of ours before what follows it can be fused with its last layer.
         for module in reversed(list(self.names)):
-            if _is_torchs(module) or not any(
-                each in self.norms for each in module.modules() if each is not module
+            if _calls_none(module) or not any(
+                each in self.layers for each in module.modules() if each is not module
             ):
                 continue
             reason = _why_not(module)
@@ -81,23 +82,28 @@ class _Fusion:
         for module in sequences:
             if _fused.is_sequence(module) and module not in self.useful:
                 restore(module)
-        for name in self.norms.values():
+        for layer, name in self.layers.items():
             if name in self.found.fused:
                 self.found.alone.pop(name, None)
             else:
-                self.found.alone.setdefault(name, "no forward that was looked at calls it")
+                self._stays_alone(layer, "no forward that was looked at calls it")
         return self.found
 
     def may_fuse(self, module: torch.nn.Module) -> bool:
-        """Whether the user lets a norm, or anything that follows one, be fused."""
+        """Whether the user lets a norm or dropout, or anything that follows one, be fused."""
         name = self.names[module]
-        return not self.excluded(name, module) and (module not in self.norms or self.included(name, module))
+        return not self.excluded(name, module) and (module not in self.layers or self.included(name, module))
 
     def _leave(self, module: torch.nn.Module, reason: str) -> None:
         where = self.names[module] or type(module).__name__
-        for norm in _called_by(module):
-            if norm in self.norms:
-                self.found.alone.setdefault(self.norms[norm], f"{where}: {reason}")
+        for layer in _called_by(module):
+            if layer in self.layers:
+                self._stays_alone(layer, f"{where}: {reason}")
+
+    def _stays_alone(self, layer: torch.nn.Module, reason: str) -> None:
+        """Keep the first reason why a norm stays by itself."""
+        if _fused.ends_in_norm(layer):
+            self.found.alone.setdefault(self.layers[layer], reason)
 
     def _fuse_sequence(self, module: torch.nn.Module) -> str | None:
         layers = list(module.children())
@@ -105,25 +111,25 @@ class _Fusion:
             return "it has the same layer twice"
         ours = [layer for layer in layers if _fused.ends_in_norm(layer)]
         # A sequence looks at its layers in every call, and asks no selection then.
-        concerned = [patterns.norm_in(layer) for layer in ours] + [
+        concerned = [patterns.last_in(layer) for layer in ours] + [
             layer for layer in layers if _fused.is_activation(layer)
         ]
-        if not all(map(self.may_fuse, concerned)):
+        if ours and not all(map(self.may_fuse, concerned)):
             return "a norm or an activation in it is not selected"
         for layer, following in zip(layers, [*layers[1:], None], strict=True):
             if layer not in ours:
                 continue
-            name = self.norms[patterns.norm_in(layer)]
+            norm = patterns.last_in(layer)
             if following is None:
-                self.found.alone.setdefault(name, patterns.NOTHING)
+                self._stays_alone(norm, patterns.NOTHING)
             elif not _fused.is_activation(following):
-                self.found.alone.setdefault(name, patterns.unknown(type(following).__name__))
-            elif any(map(_fused.observed, (*patterns.path_to_norm(layer), following))):
-                self.found.alone.setdefault(name, "it or the activation behind it has hooks")
+                self._stays_alone(norm, patterns.unknown(type(following).__name__))
+            elif any(map(_fused.observed, (*patterns.path_to_last(layer), following))):
+                self._stays_alone(norm, "it or the activation behind it has hooks")
             else:
-                self.found.fused[name] = f"norm + {_fused.name_of(following)}"
-                self.useful |= {module, *patterns.path_to_norm(layer)}
-        if ours:
+                self.found.fused[self.layers[norm]] = f"norm + {_fused.name_of(following)}"
+                self.useful |= {module, *patterns.path_to_last(layer)}
+        if ours or (layers and _fused.fusion_at_end(layers[-1]) is not None):
             _take(module, None)
         return None
 
@@ -135,13 +141,12 @@ class _Fusion:
         rewritten = 0
         for picture in pictures:
             for node, chain in patterns.find(module, picture.graph, self.may_fuse):
-                path = list(patterns.path_to_norm(module.get_submodule(str(node.target))))
-                name = self.norms[path[-1]]
+                path = list(patterns.path_to_last(module.get_submodule(str(node.target))))
                 if isinstance(chain, str):
-                    self.found.alone.setdefault(name, chain)
+                    self._stays_alone(path[-1], chain)
                 else:
                     patterns.rewrite(picture.graph, chain)
-                    self.found.fused[name] = chain.what
+                    self.found.fused[self.layers[path[-1]]] = chain.what
                     self.useful |= set(path)
                     rewritten += 1
         if rewritten:
@@ -153,13 +158,13 @@ def _is_sequential(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Sequential) and type(module).forward is torch.nn.Sequential.forward
 
 
-def _is_torchs(module: torch.nn.Module) -> bool:
-    """Containers and wrappers of torch itself, which call their children but no norm."""
+def _calls_none(module: torch.nn.Module) -> bool:
+    """Containers and wrappers of torch itself, which call their children but no such layer, and layers of ours."""
     if type(module) is torch.nn.Sequential or isinstance(
         module, torch.fx.GraphModule | torch.jit.ScriptModule
     ):
         return False
-    return type(module).__module__.partition(".")[0] == "torch"
+    return (type(module).__module__ + ".").startswith(("torch.", "fastreg.nn."))
 
 
 def _why_not(module: torch.nn.Module) -> str | None:

@@ -1,4 +1,7 @@
-"""Norm + activation, norm + add, norm + add + activation in a graph of ``torch.fx``: found, and put into one call."""
+"""Norm + activation, norm + add, norm + add + activation and dropout + add in a graph of ``torch.fx``.
+
+They are found, and each is put into one call.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,16 @@ def unknown(what: str) -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """A norm (or a sequence that ends in one) and what follows it.
+    """A norm or a dropout (or a sequence that ends in one) and what follows it.
 
     Attributes:
-        between: the node of a ``torch.nn.Identity`` behind the norm.
+        kind: what the layer is, in words.
+        between: the node of a ``torch.nn.Identity`` behind the layer.
         name, slope: of the activation.
     """
 
-    norm: torch.fx.Node
+    kind: str
+    layer: torch.fx.Node
     between: torch.fx.Node | None
     addition: torch.fx.Node | None
     activation: torch.fx.Node | None
@@ -61,7 +66,7 @@ class Chain:
     @property
     def what(self) -> str:
         """In words."""
-        parts = ("norm", "add" if self.addition else None, self.name)
+        parts = (self.kind, "add" if self.addition else None, self.name)
         return " + ".join(part for part in parts if part is not None)
 
     @property
@@ -69,32 +74,38 @@ class Chain:
         """The other operand of the addition, as the graph has it now."""
         if self.addition is None:
             return None
-        operand = self.between or self.norm
+        operand = self.between or self.layer
         return next(each for each in self.addition.all_input_nodes if each is not operand)
 
 
 def find(
     module: torch.nn.Module, graph: torch.fx.Graph, may_fuse: Callable[[torch.nn.Module], bool]
 ) -> Iterator[tuple[torch.fx.Node, Chain | str]]:
-    """Every norm that the graph calls, with its chain or with the reason why it has none.
+    """Every norm and dropout that the graph calls, with its chain or with the reason why it has none.
 
-    Norms later in the graph come first: where both operands of an addition are norms, the later one takes the other's
-    output as its residual, and nothing has to be moved. A chain may be rewritten before the next one is asked for.
+    Those later in the graph come first: where both operands of an addition are norms, the later one takes the other's
+    output as its residual, and nothing has to be moved. Dropouts come after all norms, which may take an activation
+    too. A chain may be rewritten before the next one is asked for.
 
     Args:
-        may_fuse: whether the user lets a norm or an activation be fused.
+        may_fuse: whether the user lets a norm, a dropout or an activation be fused.
     """
-    for node in reversed(list(graph.nodes)):
-        if node.op != "call_module":
-            continue
-        if _fused.ends_in_norm(module.get_submodule(node.target)):
-            yield node, _chain(module, graph, node, may_fuse)
+    norms: list[torch.fx.Node] = []
+    dropouts: list[torch.fx.Node] = []
+    for node in reversed(graph.nodes):
+        fusion = (
+            _fused.fusion_at_end(module.get_submodule(str(node.target))) if node.op == "call_module" else None
+        )
+        if fusion is not None:
+            (norms if fusion.activates else dropouts).append(node)
+    for node in (*norms, *dropouts):
+        yield node, _chain(module, graph, node, may_fuse)
 
 
 def rewrite(graph: torch.fx.Graph, chain: Chain) -> None:
     """Put one call of ``then`` in the place of a chain."""
     # Where the residual is read in the model too, so that it has the value that it has there.
-    with graph.inserting_before(chain.addition or chain.norm):
+    with graph.inserting_before(chain.addition or chain.layer):
 
         def reference(node: torch.fx.Node) -> torch.fx.Node:
             return graph.create_node("get_attr", str(node.target))
@@ -110,9 +121,9 @@ def rewrite(graph: torch.fx.Graph, chain: Chain) -> None:
             options["between"] = reference(chain.between)
         if chain.addition is not None and chain.addition.target in _ADDITIONS_IN_PLACE:
             options["in_place"] = True
-        call = graph.call_function(_fused.then, (reference(chain.norm), chain.norm.args[0]), options)
+        call = graph.call_function(_fused.then, (reference(chain.layer), chain.layer.args[0]), options)
     nodes = [
-        each for each in (chain.norm, chain.between, chain.addition, chain.activation) if each is not None
+        each for each in (chain.layer, chain.between, chain.addition, chain.activation) if each is not None
     ]
     nodes[-1].replace_all_uses_with(call)
     for node in reversed(nodes):
@@ -122,28 +133,30 @@ def rewrite(graph: torch.fx.Graph, chain: Chain) -> None:
 def _chain(
     module: torch.nn.Module,
     graph: torch.fx.Graph,
-    norm: torch.fx.Node,
+    node: torch.fx.Node,
     may_fuse: Callable[[torch.nn.Module], bool],
 ) -> Chain | str:
-    path = list(path_to_norm(module.get_submodule(str(norm.target))))
-    if len(norm.args) != 1 or norm.kwargs or not isinstance(norm.args[0], torch.fx.Node):
+    path = list(path_to_last(module.get_submodule(str(node.target))))
+    fusion = _fused.fusion_of(path[-1])
+    assert fusion is not None
+    if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], torch.fx.Node):
         return "it is called with more than its input"
     if not may_fuse(path[-1]):
         return "not selected"
     if any(map(_fused.observed, path)):
         return "it has hooks, which would not see its output"
     between: torch.fx.Node | None = None
-    user = _only_user(norm)
+    user = _only_user(node)
     if user is not None and _is_identity(module, user):
         between, user = user, _only_user(user)
-    last = between or norm
+    last = between or node
     if user is not None and user.target is _fused.then and user.kwargs.get("residual") is last:
         return "the addition behind it is fused with the norm that makes its other operand"
     addition = None
-    if user is not None and _is_addition(user, last) and _fused.adds(path[-1]):
+    if user is not None and _is_addition(user, last) and fusion.adds:
         addition, last, user = user, user, _only_user(user)
     name, slope, activation = None, _activation.DEFAULT_SLOPE, None
-    found = _activation_at(module, user, last)
+    found = _activation_at(module, user, last) if fusion.activates else None
     if found is not None and user is not None:
         child = module.get_submodule(str(user.target)) if user.op == "call_module" else None
         if child is None or (may_fuse(child) and not _fused.observed(child)):
@@ -152,23 +165,23 @@ def _chain(
             hooks = _fused.observed(child)
             return "the activation behind it " + ("has hooks" if hooks else "is not selected")
     if addition is None and activation is None:
-        return _nothing_follows(module, norm, between or norm, path[-1])
-    if addition is not None and _may_change(module, graph, norm, addition):
+        return _nothing_follows(module, node, between or node, fusion, path[-1])
+    if addition is not None and _may_change(module, graph, node, addition):
         return "what it reads may change before the addition"
-    return Chain(norm, between, addition, activation, name, slope)
+    return Chain(fusion.name, node, between, addition, activation, name, slope)
 
 
-def path_to_norm(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The norm, after the sequences that end in it."""
+def path_to_last(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The layer itself, after the sequences that end in it."""
     yield layer
     while _fused.is_sequence(layer):
         layer = list(layer.children())[-1]
         yield layer
 
 
-def norm_in(layer: torch.nn.Module) -> torch.nn.Module:
-    """The norm that a sequence ends in, or the norm itself."""
-    return list(path_to_norm(layer))[-1]
+def last_in(layer: torch.nn.Module) -> torch.nn.Module:
+    """The layer that a sequence ends in, or the layer itself."""
+    return list(path_to_last(layer))[-1]
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -216,20 +229,20 @@ def _activation_at(
 
 
 def _may_change(
-    module: torch.nn.Module, graph: torch.fx.Graph, norm: torch.fx.Node, addition: torch.fx.Node
+    module: torch.nn.Module, graph: torch.fx.Graph, layer: torch.fx.Node, addition: torch.fx.Node
 ) -> bool:
-    """Whether anything between a norm and the addition could write into the norm's input, or runs the same norm.
+    """Whether anything between a layer and the addition could write into the layer's input, or runs the same layer.
 
-    The norm is to run where the addition is. What it reads must then still be what it was.
+    The layer is to run where the addition is. What it reads must then still be what it was.
     """
-    same = norm_in(module.get_submodule(str(norm.target)))
-    source = norm.args[0]
+    same = last_in(module.get_submodule(str(layer.target)))
+    source = layer.args[0]
     shared = _sources(module, source) if isinstance(source, torch.fx.Node) else set()
     passed = False
     for node in graph.nodes:
         if node is addition:
             return False
-        if node is norm:
+        if node is layer:
             passed = True
             continue
         if passed and node.op == "call_module" and same in module.get_submodule(str(node.target)).modules():
@@ -274,14 +287,18 @@ def _may_write(module: torch.nn.Module, node: torch.fx.Node) -> bool:
 
 
 def _nothing_follows(
-    module: torch.nn.Module, norm: torch.fx.Node, last: torch.fx.Node, layer: torch.nn.Module
+    module: torch.nn.Module,
+    node: torch.fx.Node,
+    last: torch.fx.Node,
+    fusion: _fused.Fusion,
+    layer: torch.nn.Module,
 ) -> str:
-    if len(norm.users) > 1 or len(last.users) > 1:
+    if len(node.users) > 1 or len(last.users) > 1:
         return "its output is used more than once"
     user = _only_user(last)
     if user is None or user.op == "output":
         return NOTHING
-    if not _fused.adds(layer) and _is_addition(user, last):
+    if not fusion.adds and _is_addition(user, last):
         return f"followed by an addition, which {type(layer).__name__} is not fused with"
     target: Any = user.target
     if user.op == "call_module":

@@ -1,4 +1,4 @@
-"""A norm and what follows it, in one kernel where nobody looks in between; otherwise one after the other.
+"""A norm or a dropout and what follows it, in one kernel where nobody looks in between; otherwise one after the other.
 
 ``fastreg.fuse`` rewrites models to call ``then`` and ``in_order``. Both look at the modules anew in every call, so a
 hook that is registered later sees what it would have seen, and a module that is replaced later is the one that runs.
@@ -15,11 +15,13 @@ from torch.nn.modules import module as torch_module
 
 from fastreg.nn import _activation
 from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm_of
+from fastreg.nn.dropout import Dropout, DropPath
 from fastreg.nn.group_norm import GroupNorm, group_norm_of
 from fastreg.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, instance_norm_of
 from fastreg.nn.sync_batch_norm import SyncBatchNorm, sync_batch_norm_of
+from fastreg.ops.dropout import dropout_add
 
-# (norm, input, residual, activation's name, negative slope) to the output; NotImplemented leaves this call to torch.
+# (layer, input, residual, activation's name, negative slope) to the output; NotImplemented leaves this call to torch.
 Kernel = Callable[[Any, torch.Tensor, torch.Tensor | None, str | None, float], Any]
 
 
@@ -29,13 +31,46 @@ class Fusion:
 
     Attributes:
         kernel: what computes a layer together with what follows.
-        ready: whether a layer of the type is nothing but a norm; None: every one is.
+        ready: whether a layer of the type is nothing but a norm, or a dropout that leaves its input as it is; None:
+            every one is.
         adds: whether an addition is among what the kernel computes.
+        activates: whether an activation is. A norm's kernel computes it, a dropout's does not.
+        name: of such layers, in reports.
     """
 
     kernel: Kernel
     ready: Callable[[Any], bool] | None = None
     adds: bool = True
+    activates: bool = True
+    name: str = "norm"
+
+
+def with_addition(add: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor], name: str) -> Fusion:
+    """How dropouts are fused with the addition behind them.
+
+    Args:
+        add: what computes a layer, of (layer, input, residual); asked only in calls where something is dropped.
+        name: of such layers, in reports.
+    """
+
+    def kernel(layer: Any, input: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> Any:
+        return add(layer, input, residual) if residual is not None and _drops(layer) else NotImplemented
+
+    return Fusion(kernel, _keeps_its_input, activates=False, name=name)
+
+
+def _drops(layer: Any) -> bool:
+    """Whether a dropout drops anything; what a rate in a tensor is, only its device knows."""
+    p = layer._rate()
+    return bool(layer.training and (isinstance(p, torch.Tensor) or p > 0.0))
+
+
+def _keeps_its_input(layer: Any) -> bool:
+    return not getattr(layer, "inplace", False)
+
+
+def _dropout_add(layer: Any, input: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return dropout_add(input, residual, layer.p)
 
 
 _FUSIONS: dict[type[torch.nn.Module], Fusion] = {
@@ -43,6 +78,8 @@ _FUSIONS: dict[type[torch.nn.Module], Fusion] = {
     SyncBatchNorm: Fusion(sync_batch_norm_of),
     GroupNorm: Fusion(group_norm_of, adds=False),
     **dict.fromkeys((InstanceNorm1d, InstanceNorm2d, InstanceNorm3d), Fusion(instance_norm_of, adds=False)),
+    Dropout: with_addition(_dropout_add, "dropout"),
+    DropPath: with_addition(DropPath.forward, "drop path"),
 }
 
 
@@ -51,17 +88,12 @@ def register(layer: type[torch.nn.Module], fusion: Fusion) -> None:
     _FUSIONS[layer] = fusion
 
 
-def kernel_of(module: torch.nn.Module) -> Kernel | None:
-    """What computes this norm together with what follows; None for everything else."""
+def fusion_of(module: torch.nn.Module) -> Fusion | None:
+    """How this layer is computed together with what follows it; None for everything else."""
     fusion = _FUSIONS.get(type(module))
     if fusion is None or not (fusion.ready is None or fusion.ready(module)):
         return None
-    return fusion.kernel
-
-
-def adds(norm: torch.nn.Module) -> bool:
-    """Whether a norm is fused with an addition too."""
-    return _FUSIONS[type(norm)].adds
+    return fusion
 
 
 def is_sequence(module: torch.nn.Module) -> bool:
@@ -97,7 +129,7 @@ def then(
     """``activation(between(module(input)) + residual)``.
 
     Args:
-        module: a norm, or a sequence that ends in one.
+        module: a norm or a dropout, or a sequence that ends in one.
         activation: a module, the name of an activation, or None.
         negative_slope: of ``"leaky_relu"`` given by name.
         between: a ``torch.nn.Identity``, or None.
@@ -108,15 +140,21 @@ def then(
         if not layers:
             break
         input, module = _run(layers[:-1], input), layers[-1]  # type: ignore[assignment]
-    kernel = kernel_of(module)
-    if kernel is not None and _fits(input, residual) and not observed(module) and _is_nothing(between):
+    fusion = fusion_of(module)
+    if (
+        fusion is not None
+        and (fusion.activates or activation is None)
+        and _fits(input, residual, fusion, in_place)
+        and not observed(module)
+        and _is_nothing(between)
+    ):
         found: tuple[str | None, float] | None = (None, negative_slope)
         if isinstance(activation, torch.nn.Module):
             found = None if observed(activation) else _activation.activation_of(activation)
         elif activation is not None:
             found = activation, negative_slope
         if found is not None:
-            output = kernel(module, input, residual, *found)
+            output = fusion.kernel(module, input, residual, *found)
             if output is not NotImplemented:
                 return output  # type: ignore[no-any-return]
     return _one_after_the_other(module, input, residual, activation, negative_slope, between, in_place)
@@ -140,11 +178,17 @@ def _run(layers: Sequence[Any], input: torch.Tensor) -> torch.Tensor:
     return input
 
 
-def ends_in_norm(module: torch.nn.Module) -> bool:
-    """Whether this is a norm that can be fused, or a sequence with such a norm at its end."""
+def fusion_at_end(module: torch.nn.Module) -> Fusion | None:
+    """How this layer, or the last one of a sequence, is computed together with what follows; None if not at all."""
     while is_sequence(module) and len(module._modules) > 0:
         module = list(module._modules.values())[-1]  # type: ignore[assignment]
-    return kernel_of(module) is not None
+    return fusion_of(module)
+
+
+def ends_in_norm(module: torch.nn.Module) -> bool:
+    """Whether this is a norm that can be fused, or a sequence with such a norm at its end."""
+    fusion = fusion_at_end(module)
+    return fusion is not None and fusion.activates
 
 
 def is_activation(module: torch.nn.Module) -> bool:
@@ -158,20 +202,26 @@ def name_of(activation: torch.nn.Module) -> str | None:
     return None if found is None else found[0]
 
 
-def _fits(input: torch.Tensor, residual: torch.Tensor | None) -> bool:
-    """Whether the sum has the input's dtype and shape, in torch too. A tracer's stand-ins for tensors never fit.
+def _fits(input: torch.Tensor, residual: torch.Tensor | None, fusion: Fusion, in_place: bool) -> bool:
+    """Whether the sum has the dtype and shape that it has in torch. A tracer's stand-ins for tensors never fit.
 
     Nor does the input itself as residual: torch.compile refuses an autograd.Function that gets one tensor twice.
     """
     stand_in = not isinstance(input, torch.Tensor)
     if stand_in or residual is None:
         return not stand_in
-    return (
-        isinstance(residual, torch.Tensor)
-        and residual is not input
-        and residual.dtype == input.dtype
-        and residual.shape == input.shape
-    )
+    if not isinstance(residual, torch.Tensor) or residual is input or residual.shape != input.shape:
+        return False
+    if residual.dtype == input.dtype:
+        return True
+    # The sum of a dropout is wider where the residual is, as torch's; a norm's never is.
+    mixes = not fusion.activates and input.dtype in _SINGLE and residual.dtype in _SINGLE
+    widens = torch.promote_types(input.dtype, residual.dtype) != input.dtype
+    return mixes and not (in_place and widens)
+
+
+# What the kernels of dropouts mix.
+_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_nothing(between: torch.nn.Module | None) -> bool:

@@ -15,10 +15,13 @@ import torch
 
 from fastreg.nn import _fused
 from fastreg.nn._activation import DEFAULT_SLOPE, activation_of
+from fastreg.nn._rate import Rated
 from fastreg.nn.batch_norm import batch_norm_of
 from fastreg.nn.group_norm import group_norm_of
 from fastreg.nn.sync_batch_norm import sync_batch_norm_of
 from fastreg.ops.batch_norm import batch_norm
+from fastreg.ops.drop_block import drop_block2d, drop_block3d
+from fastreg.ops.dropout import drop_path
 from fastreg.ops.layer_norm import layer_norm
 from fastreg.ops.rms_norm import rms_norm
 
@@ -95,12 +98,49 @@ def _frozen_batch_norm(
     )
 
 
-def _frozen_batch_norm_2d(self: Any, x: torch.Tensor) -> torch.Tensor:
+def _frozen_batch_norm_2d(self: Any, x: torch.Tensor) -> Any:
     output = _frozen_batch_norm(self, x)
-    if output is NotImplemented:
-        base: Any = type(self).__base__
-        return base.forward(self, x)  # type: ignore[no-any-return]
-    return output  # type: ignore[no-any-return]
+    return _its_own_forward(self, x) if output is NotImplemented else output
+
+
+def _its_own_forward(layer: Any, x: torch.Tensor) -> Any:
+    return layer._librarys_class.forward(layer, x)
+
+
+def _torchvision_drop_block_2d(self: Any, input: torch.Tensor) -> torch.Tensor:
+    return drop_block2d(input, self.p, self.block_size, self.inplace, self.training)
+
+
+def _torchvision_drop_block_3d(self: Any, input: torch.Tensor) -> torch.Tensor:
+    return drop_block3d(input, self.p, self.block_size, self.inplace, self.training)
+
+
+def _timm_drop_block_2d(self: Any, x: torch.Tensor) -> Any:
+    if not self.training:
+        return x
+    p = self.gamma_scale * self.drop_prob
+    if self.with_noise or (not isinstance(p, torch.Tensor) and p > 1.0):
+        return _its_own_forward(self, x)
+    return drop_block2d(
+        # One for each dimension: timm cuts a block that is too large in that dimension alone.
+        *(x, p, (self.block_size, self.block_size), self.inplace),
+        seeds="anywhere",
+        shared=self.couple_channels,
+        rescale="batch" if self.scale_by_keep else None,
+    )
+
+
+def _shown_rate(self: Any) -> str:
+    # timm's own rounds it, which a tensor does not allow.
+    return f"{self._rate_name}={self._rate()}"
+
+
+def _stochastic_depth(self: Any, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    return drop_path(input, self.p, self.training, mode=self.mode, residual=residual)
+
+
+def _timm_drop_path(self: Any, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    return drop_path(*(x, self.drop_prob, self.training), scale_by_keep=self.scale_by_keep, residual=residual)
 
 
 # How the layers below are fused with what follows.
@@ -113,6 +153,17 @@ _FUSIONS: dict[str, _fused.Fusion] = {
         ("TimmGroupNormAct", "TimmGroupNorm1Act"),
         _fused.Fusion(group_norm_of, _is_only_a_norm, adds=False),
     ),
+    "TorchvisionStochasticDepth": _fused.with_addition(_stochastic_depth, "drop path"),
+    "TimmDropPath": _fused.with_addition(_timm_drop_path, "drop path"),
+}
+
+# The layers below that are of the dropout family -> what their libraries call the rate.
+_RATES = {
+    "TorchvisionDropBlock2d": "p",
+    "TorchvisionDropBlock3d": "p",
+    "TorchvisionStochasticDepth": "p",
+    "TimmDropPath": "drop_prob",
+    "TimmDropBlock2d": "drop_prob",
 }
 
 # Name here -> (the library's class, the forward that replaces its own).
@@ -129,8 +180,18 @@ _LAYERS: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "TimmGroupNorm1": ("timm.layers.norm.GroupNorm1", _group_norm),
     "TimmGroupNormAct": ("timm.layers.norm_act.GroupNormAct", _group_norm_act),
     "TimmGroupNorm1Act": ("timm.layers.norm_act.GroupNorm1Act", _group_norm_act),
+    "TorchvisionDropBlock2d": ("torchvision.ops.drop_block.DropBlock2d", _torchvision_drop_block_2d),
+    "TorchvisionDropBlock3d": ("torchvision.ops.drop_block.DropBlock3d", _torchvision_drop_block_3d),
+    "TorchvisionStochasticDepth": ("torchvision.ops.stochastic_depth.StochasticDepth", _stochastic_depth),
+    "TimmDropPath": ("timm.layers.drop.DropPath", _timm_drop_path),
+    "TimmDropBlock2d": ("timm.layers.drop.DropBlock2d", _timm_drop_block_2d),
 }
 _NAMES = {path: name for name, (path, _) in _LAYERS.items()}
+
+
+def is_known(layer: type) -> bool:
+    """Whether a class of this module takes the place of ``layer``."""
+    return f"{layer.__module__}.{layer.__qualname__}" in _NAMES
 
 
 def replacement(layer: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
@@ -145,8 +206,15 @@ def __getattr__(name: str) -> Any:
     path, forward = _LAYERS[name]
     module, _, attribute = path.rpartition(".")
     base = getattr(importlib.import_module(module), attribute)
-    documentation = f"``{path}`` with fastreg's kernels."
-    layer = type(name, (base,), {"__module__": __name__, "__doc__": documentation, "forward": forward})
+    members: dict[str, Any] = {
+        "__module__": __name__,
+        "__doc__": f"``{path}`` with fastreg's kernels.",
+        "forward": forward,
+        "_librarys_class": base,
+    }
+    if name in _RATES:
+        members |= {"_rate_name": _RATES[name], "extra_repr": _shown_rate}
+    layer = type(name, (base, Rated) if name in _RATES else (base,), members)
     globals()[name] = layer
     if name in _FUSIONS:
         _fused.register(layer, _FUSIONS[name])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from fastreg import _channels
+from fastreg import _channels, _units
 
 
 def row_regular(tensor: torch.Tensor, normalized_ndim: int) -> torch.Tensor:
@@ -46,3 +48,28 @@ def in_some_family(tensor: torch.Tensor) -> torch.Tensor:
 def contiguous(parameter: torch.Tensor | None) -> torch.Tensor | None:
     """A parameter, copied where its elements are not adjacent."""
     return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself if its elements fill a stretch of memory, in whatever order, else a contiguous copy."""
+    return tensor if _units.is_dense(tensor) else tensor.contiguous()
+
+
+def laid_out_as(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """``tensor`` itself if it has these strides, those of a dense tensor of its shape, else a copy that has."""
+    if tensor.stride() == tuple(strides):
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def dense_channels(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself if it is contiguous or channels_last, else a contiguous copy."""
+    if tensor.is_contiguous():
+        return tensor
+    order = (0, *range(2, tensor.dim()), 1)
+    expected = 1
+    for dimension in reversed(order):
+        if tensor.shape[dimension] != 1 and tensor.stride(dimension) != expected:
+            return tensor.contiguous()
+        expected *= tensor.shape[dimension]
+    return tensor

@@ -22,6 +22,8 @@ OPERATORS = (
     *("batch_norm_fwd", "batch_norm_eval", "batch_norm_moments", "batch_norm_apply"),
     *("batch_norm_bwd", "batch_norm_sums", "batch_norm_bwd_apply"),
     *("group_norm_fwd", "group_norm_bwd", "instance_norm_fwd"),
+    *("dropout_fwd", "dropout_inplace", "dropout_bwd"),
+    *("drop_block_mask", "drop_block_apply", "drop_block_inplace"),
 )
 ORDERS = ("first in first out", "last in first out", "random")
 
@@ -186,6 +188,12 @@ batch_norm_bwd_apply = _passed_on("batch_norm_bwd_apply")
 group_norm_fwd = _passed_on("group_norm_fwd")
 group_norm_bwd = _passed_on("group_norm_bwd")
 instance_norm_fwd = _passed_on("instance_norm_fwd")
+dropout_fwd = _passed_on("dropout_fwd")
+dropout_inplace = _passed_on("dropout_inplace")
+dropout_bwd = _passed_on("dropout_bwd")
+drop_block_mask = _passed_on("drop_block_mask")
+drop_block_apply = _passed_on("drop_block_apply")
+drop_block_inplace = _passed_on("drop_block_inplace")
 
 
 def register() -> None:

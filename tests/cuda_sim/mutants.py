@@ -124,6 +124,15 @@ _PATTERNS = (
     _Pattern("one beyond {}", r"(\bplace < segment\.end)\b", "place <= segment.end"),
     _Pattern("one beyond {}", r"(\bindex < values)\b", "index <= values"),
     _Pattern("every lane stores {}", r"(\belement % 8 == 0)\)", "true"),
+    # dropout and DropBlock
+    _Pattern("no bound {}", r"(?<=if \()!?(\binside\((?:tile, place|place)\))", "true"),
+    _Pattern("one beyond {}", r"(\belement < end)\b", "element <= end"),
+    _Pattern("no bound {}", r"(\bhas_columns?\b)(?=\)| &&)", "true"),
+    _Pattern("no bound {}", r"(\bword < (?:arguments\.)?shape\.\w+)", "true"),
+    _Pattern(
+        "one beyond {}", r"(\bword >= arguments\.shape\.seed_words)", "word > arguments.shape.seed_words"
+    ),
+    _Pattern("no bound {}", r"(\b(?:shift \+ count > 64|skip \+ count > 8|8 \* byte < width))", "true"),
 )
 
 # (name, file, what is replaced, its replacement): mistakes of one word that no pattern removes.
@@ -243,6 +252,66 @@ _LISTED = (
         "",
     ),
     (
+        "the bits of a neighbour's elements",
+        "dropout_apply.cuh",
+        "own, element / philox_half_lanes)",
+        "own, lane)",
+    ),
+    (
+        "a pack of a row that goes on in the next one",
+        "dropout.cuh",
+        "columns.value % width == 0 &&",
+        "true &&",
+    ),
+    (
+        "a pack that is of its first unit alone",
+        "dropout_mask.cuh",
+        "        first += columns;\n",
+        "",
+    ),
+    (
+        "wide packs of tensors that are not aligned",
+        "dropout.cuh",
+        "return data == nullptr || aligned(data, sizeof(Element) * static_cast<uintptr_t>(width));",
+        "return true;",
+    ),
+    (
+        "two parts of the rows write the same partial sums",
+        "dropout_columns.cuh",
+        "arguments.partials + part * arguments.columns + column;",
+        "arguments.partials + part / 2 * arguments.columns + column;",
+    ),
+    (
+        "every row of threads stores the sums of a block",
+        "dropout_columns.cuh",
+        "if (down == 0 && has_columns)",
+        "if (has_columns)",
+    ),
+    (
+        "counts that do not start at 0",
+        "drop_block_mask.cuh",
+        "arguments.counts[word] = 0;",
+        ";",
+    ),
+    (
+        "every lane adds its warp's positions to the count",
+        "drop_block_mask.cuh",
+        "threadIdx.x % warp_lanes == 0 && kept",
+        "kept",
+    ),
+    (
+        "blocks that grow no further than a window",
+        "drop_block_mask.cuh",
+        "done < shape.blocks[2]; done += window",
+        "done < 1; done += window",
+    ),
+    (
+        "the first sample's scale for all of them",
+        "drop_block_apply.cuh",
+        "per_sample ? quotient(element, sample_elements)",
+        "per_sample ? 0",
+    ),
+    (
         "relu's sign where z is compared the other way",
         "activation.cuh",
         "relu ? !(arguments[index] <= 0.0f)",
@@ -260,10 +329,13 @@ _LISTED = (
 _KERNELS = re.compile(
     r"reduce\.cuh|vec\.cuh|.*_(forward|backward).*\.cuh|batch_norm(?!_launch|_resident\.|_stream).*\.cuh"
     r"|group_norm(?!_launch).*\.cuh|instance_norm\.cuh"
+    r"|dropout_(mask|apply|columns)\.cuh|drop_block_(mask|apply)\.cuh"
 )
 
 # The program that runs a file's kernels, and as little else as there can be.
 _PROGRAMS = (
+    (re.compile(r"drop_block.*"), ("standalone_dropout", "-DFASTREG_STANDALONE_DROP_BLOCK")),
+    (re.compile(r"dropout.*"), ("standalone_dropout", "-DFASTREG_STANDALONE_DROPOUT")),
     (re.compile(r"(group|instance)_norm.*"), ("standalone_group_norm",)),
     (re.compile(r"batch_norm_resident.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_RESIDENT")),
     (re.compile(r"batch_norm.*|activation.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_STREAMING")),

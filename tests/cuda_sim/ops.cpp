@@ -9,6 +9,7 @@
 
 #include "../../csrc/cuda/batch_norm_plan.h"
 #include "../../csrc/cuda/batch_norm_resident_plan.h"
+#include "../../csrc/cuda/drop_block_plan.h"
 #include "../../csrc/cuda/group_norm_pieces.h"
 #include "../../csrc/cuda/layer_norm_plan.h"
 #include "simulator.h"
@@ -135,5 +136,16 @@ void cuda_sim_group_pieces(int architecture, int multiprocessors, int64_t sample
     fields[3 * channel + 1] = pieces.count(channel);
     fields[3 * channel + 2] = pieces.step();
   }
+}
+
+void cuda_sim_dropout_columns_plan(int, int multiprocessors, int64_t rows, int64_t columns, int width,
+                                   int64_t* fields) {
+  const auto plan = fastreg::cuda::dropout_columns_plan(rows, columns, width, multiprocessors);
+  const int64_t values[] = {plan.lanes, plan.down, plan.strips, plan.share, plan.parts};
+  std::copy(std::begin(values), std::end(values), fields);
+}
+
+int64_t cuda_sim_quotient(int64_t position, int64_t value) {
+  return fastreg::cuda::quotient(position, fastreg::cuda::divisor_of(value));
 }
 }

@@ -149,6 +149,24 @@ class Pieces:
     step: int
 
 
+@dataclass(frozen=True)
+class DropoutColumnsProblem:
+    """What the sums for layer_scale's gradient are planned for."""
+
+    rows: int
+    columns: int
+    width: int
+
+
+@dataclass(frozen=True)
+class DropoutColumnsPlan:
+    lanes: int
+    down: int
+    strips: int
+    share: int
+    parts: int
+
+
 _TYPES = {bool: ctypes.c_bool, int: ctypes.c_int64}
 # Of the fields that are no 64-bit numbers.
 _SHORT = {"element_size", "tensors", "grain"}
@@ -196,3 +214,15 @@ def group_pieces(problem: GroupProblem, device: Device) -> list[Pieces]:
     channels = problem.channels // problem.groups
     values = _fields("cuda_sim_group_pieces", 3 * channels, problem, device)
     return [Pieces(*values[3 * channel : 3 * channel + 3]) for channel in range(channels)]
+
+
+def dropout_columns_plan(problem: DropoutColumnsProblem, device: Device) -> DropoutColumnsPlan:
+    return DropoutColumnsPlan(*_fields("cuda_sim_dropout_columns_plan", 5, problem, device, {"width"}))
+
+
+def quotient(position: int, value: int) -> int:
+    """The kernels' division of a position by one of a tensor's extents."""
+    function = loaded_library().cuda_sim_quotient
+    function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    found: int = function(position, value)
+    return found

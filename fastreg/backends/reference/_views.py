@@ -32,3 +32,10 @@ def as_row(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def along(vector: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A vector of one element a channel, shaped to meet ``tensor``."""
     return vector.reshape(1, -1, *(1,) * (tensor.dim() - 2))
+
+
+def laid_out_like(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``result`` with the strides of a dense tensor of its shape."""
+    if result.stride() == like.stride():
+        return result
+    return result.new_empty_strided(result.shape, like.stride()).copy_(result)

@@ -23,9 +23,12 @@ from typing import Any
 
 import torch
 
-from fastreg.cli.gate import Exact
+from fastreg.cli.gate import Exact, Results
 
 FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward+backward")
+
+# From where a gated call finds torch's random stream.
+SEED = 20261126
 
 Function = Callable[..., torch.Tensor]
 # A shape, a layout and a chain, as in a ``Case``.
@@ -53,9 +56,12 @@ class Problem:
         torch_function: torch's own.
         fastreg_function: ours.
         peers: functions of other libraries by name, or the reason why one is not here.
-        truth: makes the exact results, in float64, a stretch at a time.
+        truth: makes the exact results, in float64, a stretch at a time; of a random op, those for the mask that fastreg
+            draws from the stream at ``SEED``.
         buffers: what every call updates in place, by name; also a result.
         left_out: providers that are not run, with the reason.
+        peer_truth: of a random op, the exact results for the mask that another library's results show; raises
+            ``gate.Implausible`` where no such mask is drawn at the rate that was asked for.
     """
 
     op: str
@@ -68,6 +74,7 @@ class Problem:
     truth: Callable[[], Iterable[Exact]]
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+    peer_truth: Callable[[Results], Iterable[Exact]] | None = None
 
     @property
     def input(self) -> torch.Tensor:
@@ -83,10 +90,16 @@ class Problem:
         return torch.autograd.grad(output, tuple(self.arguments.values()), self.grad_output)
 
     def results(self, function: Function) -> dict[str, torch.Tensor]:
-        """Output, updated buffers and gradients by name; the buffers are then what they were before."""
+        """Output, updated buffers and gradients by name, with the random stream at ``SEED``.
+
+        Buffers and stream are then what they were before.
+        """
         before = {name: tensor.clone() for name, tensor in self.buffers.items()}
+        devices = [self.input.device] if self.input.is_cuda else []
         try:
-            output = self.forward(function)
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(SEED)
+                output = self.forward(function)
             after = {name: tensor.clone() for name, tensor in self.buffers.items()}
             gradients = self.backward(output)
         finally:
