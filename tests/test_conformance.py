@@ -31,8 +31,12 @@ OP_INFOS = {
 MODULES = [
     getattr(fastreg.nn, name)
     for name in fastreg.nn.__all__
-    if hasattr(torch.nn, name) and not issubclass(getattr(fastreg.nn, name), torch.nn.SyncBatchNorm)
+    if hasattr(torch.nn, name)
+    and not issubclass(
+        getattr(fastreg.nn, name), torch.nn.SyncBatchNorm | torch.nn.modules.dropout._DropoutNd
+    )
 ]
+DROPOUTS = ("dropout", "dropout2d", "dropout3d")
 # Wide: the op suite holds the same kernels to a rounding budget; here the samples count.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 _LARGE = 1000
@@ -126,6 +130,24 @@ def test_opinfo_error_inputs(spec: OpSpec, device: str) -> None:
 def test_opinfo_dtypes_are_all_served(spec: OpSpec) -> None:
     real = {dtype for dtype in OP_INFOS[spec.name].dtypes if not dtype.is_complex}
     assert real == {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+@pytest.mark.filterwarnings("ignore:dropout")
+def test_opinfo_samples_of_dropout(name: str, dtype: torch.dtype, device: str) -> None:
+    """What is kept is torch's value; what is dropped is up to the random stream. Torch's modules have no samples."""
+    count = 0
+    for sample in OP_INFOS[name].sample_inputs(torch.device(device), dtype):
+        count += 1
+        p, training = sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
+        input = sample.input.detach()
+        found = getattr(fastreg.functional, name)(sample.input.detach(), *sample.args, **sample.kwargs)
+        expected = input.double() / (1 - p) if training and p < 1 else input.double()
+        kept = found != 0
+        assert found.shape == input.shape
+        torch.testing.assert_close(found[kept].double(), expected[kept], rtol=1e-2, atol=0)
+        assert kept.all() or training
+    assert count >= 3
 
 
 @pytest.mark.parametrize(
