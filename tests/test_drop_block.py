@@ -69,6 +69,7 @@ def test_seeds_are_counted_row_major_over_places(device: str) -> None:
         )
 
 
+@pytest.mark.every_kernel
 def test_larger_maps(backend: str, device: str) -> None:
     """More than a tile of every kernel, wider than its words."""
     for shape, block in (((1, 2, 150, 200), 7), ((1, 1, 9, 600), (3, 90)), ((40, 3, 7, 7), 3)):

@@ -108,7 +108,7 @@ def made(bare_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         processes[name] = (start(bare_path, OUT=out, WORK=work, BACKENDS="reference", **given), out)
     found = {}
     for name, (process, out) in processes.items():
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=300)
         found[name] = Made(process.returncode, output.splitlines(), errors, out)
     assert not (bare_path / "called").exists(), (bare_path / "called").read_text()
     return found
