@@ -31,6 +31,7 @@ TESTS = (
     "tests/test_triton_batch_norm_traffic.py",
     "tests/test_triton_group_norm_traffic.py",
     "tests/test_triton_dropout_traffic.py",
+    "tests/test_triton_dropout_add_norm_traffic.py",
 )
 _PRINTED = re.compile(r"bytes over the minimum: ([\d.]+)(?:; ([a-z ]+): ([\d.]+) minimums)?")
 
@@ -50,6 +51,9 @@ CALLS = {
     "test_backward_of_groups_reads_twice_or_once": "group and instance norm, backward",
     "test_dropout_reads_once_and_writes_once": "dropout, with a residual and scales or without",
     "test_backward_of_layer_scale_reads_once": "dropout backward with the gradient of `layer_scale`",
+    "test_a_sum_is_made_and_normalised_in_four_passes": "dropout + residual + layer or RMS norm, forward",
+    "test_gradients_of_a_sum_take_five_passes": "the same, backward",
+    "test_many_rows_have_the_partial_sums_of_few": "the same, backward, 8192 rows of 768 to 8192 elements",
     "test_drop_block_reads_once_and_writes_once": "DropBlock, drawing its mask included",
 }
 

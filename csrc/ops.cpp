@@ -65,6 +65,24 @@ STABLE_TORCH_LIBRARY(fastreg_native, m) {
       "anywhere) -> (Tensor, Tensor)");
   m.def("drop_block_apply(Tensor input, Tensor bits, Tensor scale) -> Tensor");
   m.def("drop_block_inplace(Tensor(a!) input, Tensor bits, Tensor scale) -> ()");
+  m.def(
+      "dropout_add_layer_norm_fwd(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? "
+      "bias, Tensor? row_scale, Tensor? layer_scale, Tensor? seed, int threshold, Tensor? dynamic_threshold, "
+      "float eps, bool float_sum, bool keep_sum) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_layer_norm_bwd(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor? input, int "
+      "normalized_ndim, Tensor statistics, Tensor? weight, Tensor? bias, Tensor? row_scale, Tensor? "
+      "layer_scale, Tensor? seed, int threshold, Tensor? dynamic_threshold, int input_dtype, bool[5] "
+      "output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_rms_norm_fwd(Tensor input, Tensor? residual, int normalized_ndim, Tensor? weight, Tensor? "
+      "row_scale, Tensor? layer_scale, Tensor? seed, int threshold, Tensor? dynamic_threshold, float eps, bool "
+      "float_sum, bool keep_sum) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dropout_add_rms_norm_bwd(Tensor grad_output, Tensor? grad_sum, Tensor sum, Tensor? input, int "
+      "normalized_ndim, Tensor statistics, Tensor? weight, Tensor? row_scale, Tensor? layer_scale, Tensor? "
+      "seed, int threshold, Tensor? dynamic_threshold, int input_dtype, bool[4] output_mask) -> (Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def("simd() -> str");
   m.def("set_simd(str name) -> ()");
   m.def("empty_cache() -> ()");

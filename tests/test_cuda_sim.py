@@ -247,7 +247,7 @@ def test_kernels_are_clean_under_the_sanitizers() -> None:
 
 
 def test_the_sanitizers_see_a_missing_bound() -> None:
-    name = "forward_kernel: no bound `row < arguments.rows`"
+    name = "normalize_rows: no bound `row < arguments.rows`"
     (mutant,) = (mutant for mutant in ALL_MUTANTS if mutant.name == name)
     assert "AddressSanitizer: heap-buffer-overflow" in mutants.run(mutant, sanitize="address")
 

@@ -146,10 +146,10 @@ def compile_launch(launch: Launch, architecture: int) -> Compiled:
 
 
 LOADED = {
-    "normalize_resident": ("input",),
+    "normalize_resident": ("input", "residual"),
     "normalize_looped": ("input", "input"),
     "project_looped": ("grad_output", "input"),
-    "differentiate": ("grad_output", "input"),
+    "differentiate": ("grad_output", "input", "grad_sum", "branch"),
     "moments": ("input",),
     "normalize_channels": ("input", "residual"),
     "normalize_slab": ("input", "residual"),
@@ -167,9 +167,9 @@ LOADED = {
     "apply_pixels": ("input",),
 }
 STORED = {
-    "normalize_resident": ("output",),
+    "normalize_resident": ("output", "total"),
     "normalize_looped": ("output",),
-    "differentiate": ("grad_input",),
+    "differentiate": ("grad_input", "grad_branch"),
     "normalize_channels": ("output",),
     "normalize_slab": ("output",),
     "sum_gradients": ("grad_input", "grad_residual"),
@@ -205,11 +205,20 @@ def _wide(launch: Launch, name: str) -> int:
         if tile["RUN"] * tile[name].element_size() < 16 or name not in launch.aligned():
             return 0
         return int(tile.get("ROWS", 1) * tile["RUNS"] // (32 * launch.warps))
+    if tile.get("DRAW") is not None and _narrower_than_the_sum(tile, name):
+        return 0
     rows = tile.get("ROWS", tile.get("SAMPLES", 1) * tile.get("LINES", 1))
     if "OCTETS" in tile:
         rows = tile["LINES"] * tile["OCTETS"] * 8
     elements = rows * tile["BLOCK"] * tile.get("CHUNKS", 1)
     return int(elements * tile[name].element_size() // (16 * 32 * launch.warps))
+
+
+def _narrower_than_the_sum(tile: dict[str, Any], name: str) -> bool:
+    """Whether these are 16-bit elements of a branch beside 32-bit ones of the sum; or a sum that is not written."""
+    total = tile.get("total", tile["input"])
+    not_written = name == "total" and not tile.get("KEEPS_TOTAL", True)
+    return bool(tile[name].element_size() < total.element_size() or not_written)
 
 
 # --- what is compiled ----------------------------------------------------------------------------------------------

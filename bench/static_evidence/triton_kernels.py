@@ -12,6 +12,7 @@ from bench.static_evidence.machine_code import Resources
 from bench.static_evidence.occupancy import WARP
 from bench.static_evidence.record import Launch, Record, Table, record
 from triton_batch_norm_offline import LAYERS as BATCH_NORMS
+from triton_dropout_add_norm_offline import SHAPES as DROPOUT_ADD_NORMS
 from triton_dropout_offline import CALLS as DROPOUTS
 from triton_group_norm_offline import LAYERS as GROUP_NORMS
 from triton_offline import ARCHITECTURES, SHAPES, Compilable, compilations
@@ -19,7 +20,7 @@ from triton_offline import ARCHITECTURES, SHAPES, Compilable, compilations
 Compilation = tuple[Compilable, int]
 
 # What is compiled, a group for each family of kernels.
-GROUPS: tuple[tuple[Compilable, ...], ...] = (SHAPES, BATCH_NORMS, GROUP_NORMS, DROPOUTS)
+GROUPS: tuple[tuple[Compilable, ...], ...] = (SHAPES, BATCH_NORMS, GROUP_NORMS, DROPOUTS, DROPOUT_ADD_NORMS)
 
 
 def every_compilation() -> list[Compilation]:

@@ -8,13 +8,12 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <bit>
 #include <tuple>
 #include <vector>
 
 #include "door.h"
 #include "layer_norm_launch.h"
+#include "layer_norm_schedule.h"
 
 namespace fastreg {
 namespace {
@@ -25,72 +24,8 @@ const NormKernels& kernels_for(NormKind kind, DType dtype) {
                                  : FASTREG_SIMD_VARIANT(rms_norm_kernels)[index];
 }
 
-// A row of statistics inside the statistics tensor, (2, rows) for layer norm and (rows,) for rms norm.
-struct StatisticsRows {
-  void* mean;
-  void* rstd;
-};
-
-StatisticsRows statistics_rows(NormKind kind, const void* data, const RowView& input) {
-  char* bytes = static_cast<char*>(const_cast<void*>(data));
-  if (kind == NormKind::rms) {
-    return {nullptr, bytes};
-  }
-  return {bytes, bytes + input.rows * element_size(accumulation_dtype(input.dtype))};
-}
-
 bool rows_stream(const void* output, const RowView& rows) {
   return streams(output, rows.rows, rows.hidden * element_size(rows.dtype));
-}
-
-// --- forward -----------------------------------------------------------------------------------------------
-
-void run_forward(const NormKernels& kernels, const NormForward& norm) {
-  const int64_t threads = thread_count(norm.rows * norm.hidden);
-  const int64_t blocks = parts_of(norm.hidden, kernels.columns_per_block);
-  // Fewer than four rows a thread, and long ones: cut the rows themselves.
-  if (threads > 1 && norm.rows < 4 * threads && blocks > 1) {
-    const int64_t tiles = norm.rows * blocks;
-    std::vector<Moments<double>> moments(static_cast<size_t>(tiles));
-    split(tiles, threads,
-          [&](int64_t begin, int64_t end) { kernels.forward_moments(norm, moments.data(), begin, end); });
-    kernels.forward_statistics(norm, moments.data());
-    split(tiles, threads, [&](int64_t begin, int64_t end) { kernels.forward_normalize(norm, begin, end); });
-    return;
-  }
-  // Short rows are worked on in fours, and which four must not depend on the threads.
-  const int64_t unit = norm.hidden <= kernels.columns_per_grouped_row ? rows_per_group : 1;
-  split(parts_of(norm.rows, unit), threads, [&](int64_t begin, int64_t end) {
-    kernels.forward_rows(norm, begin * unit, std::min(end * unit, norm.rows));
-  });
-}
-
-// --- backward ----------------------------------------------------------------------------------------------
-
-// Chunks of rows: enough of them to share among threads, long enough that their partial sums are small beside
-// the rows. Few chunks are a power of two, so that they share out evenly.
-int64_t rows_per_chunk_of(int64_t rows) {
-  int64_t chunks = parts_of(rows, std::clamp<int64_t>(rows / 64, 16, 128));
-  if (chunks <= 16) {
-    chunks = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(chunks)));
-  }
-  return std::max<int64_t>(parts_of(rows, chunks), 1);
-}
-
-void run_backward(const NormKernels& kernels, const NormBackward& norm, int64_t chunks) {
-  const int64_t threads = thread_count(norm.rows * norm.hidden);
-  const int64_t blocks = parts_of(norm.hidden, kernels.columns_per_block);
-  if (threads > 1 && chunks < threads && blocks > 1) {
-    std::vector<RowSums> sums(static_cast<size_t>(norm.grad_input == nullptr ? 0 : norm.rows * blocks));
-    split(chunks * blocks, threads,
-          [&](int64_t begin, int64_t end) { kernels.backward_sums(norm, sums.data(), begin, end); });
-    if (norm.grad_input != nullptr) {
-      split(norm.rows * blocks, threads,
-            [&](int64_t begin, int64_t end) { kernels.backward_apply(norm, sums.data(), begin, end); });
-    }
-    return;
-  }
-  split(chunks, threads, [&](int64_t begin, int64_t end) { kernels.backward_chunks(norm, begin, end); });
 }
 
 }  // namespace
@@ -118,19 +53,27 @@ NormForwardResult norm_forward(NormKind kind, const char* op, const Tensor& inpu
 
   const ParameterRow weight_row(weights, rows.hidden);
   const ParameterRow bias_row(biases, rows.hidden);
-  const StatisticsRows statistics = statistics_rows(kind, saved, rows);
+  const StatisticsRows statistics =
+      statistics_rows(kind == NormKind::layer, saved, rows.rows, statistics_dtype);
   void* const output = data_of(result.output, op);
-  run_forward(kernels_for(kind, rows.dtype), NormForward{.input = rows.data,
-                                                         .weight = weight_row.data(),
-                                                         .bias = bias_row.data(),
-                                                         .output = output,
-                                                         .mean = statistics.mean,
-                                                         .rstd = statistics.rstd,
-                                                         .rows = rows.rows,
-                                                         .hidden = rows.hidden,
-                                                         .input_stride = rows.row_stride,
-                                                         .eps = eps,
-                                                         .streams = rows_stream(output, rows)});
+  const NormForward norm{.input = rows.data,
+                         .weight = weight_row.data(),
+                         .bias = bias_row.data(),
+                         .output = output,
+                         .mean = statistics.mean,
+                         .rstd = statistics.rstd,
+                         .rows = rows.rows,
+                         .hidden = rows.hidden,
+                         .input_stride = rows.row_stride,
+                         .eps = eps,
+                         .streams = rows_stream(output, rows)};
+  const NormKernels& kernels = kernels_for(kind, rows.dtype);
+  if (forward_cuts_rows(norm.rows, norm.hidden, kernels.columns_per_block)) {
+    run_forward_tiles(kernels, norm);
+  } else {
+    split_forward_rows(kernels, norm.rows, norm.hidden,
+                       [&](int64_t begin, int64_t end) { kernels.forward_rows(norm, begin, end); });
+  }
   return result;
 }
 
@@ -168,7 +111,8 @@ NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& gr
   Scratch bias_partials;
   const ParameterRow weight_row(mask.input ? weights : VectorView{}, rows.hidden);
   void* const grad_input = mask.input ? data_of(result.grad_input, op) : nullptr;
-  const StatisticsRows statistics_row = statistics_rows(kind, saved.data, rows);
+  const StatisticsRows statistics_row =
+      statistics_rows(kind == NormKind::layer, saved.data, rows.rows, saved.dtype);
   const NormBackward norm{.grad_output = gradients.data,
                           .input = rows.data,
                           .weight = weight_row.data(),
@@ -184,7 +128,7 @@ NormBackwardResult norm_backward(NormKind kind, const char* op, const Tensor& gr
                           .rows_per_chunk = rows_per_chunk,
                           .streams = mask.input && rows_stream(grad_input, rows)};
   if (mask.input || mask.weight || mask.bias) {
-    run_backward(kernels_for(kind, rows.dtype), norm, chunks);
+    run_backward(kernels_for(kind, rows.dtype), norm, chunks, mask.input, norm.rows);
   }
   if (mask.weight) {
     reduce_partials(norm.weight_partials, chunks, rows.hidden, weights.dtype,

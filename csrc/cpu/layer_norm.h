@@ -67,7 +67,9 @@ struct NormKernels {
   void (*forward_statistics)(const NormForward&, const Moments<double>* tiles);
   void (*forward_normalize)(const NormForward&, int64_t begin_tile, int64_t end_tile);
   void (*backward_chunks)(const NormBackward&, int64_t begin_chunk, int64_t end_chunk);
+  // Tiles of chunks; null where no more than the gradients of weight and bias is wanted.
   void (*backward_sums)(const NormBackward&, RowSums* tiles, int64_t begin_tile, int64_t end_tile);
+  // Tiles of rows.
   void (*backward_apply)(const NormBackward&, const RowSums* tiles, int64_t begin_tile, int64_t end_tile);
 };
 

@@ -15,8 +15,8 @@ template <bool centred, class Element>
 constexpr NormKernels norm_kernels() {
   return {columns_per_block<Element>,           columns_per_grouped_row<Element>,
           forward_rows<centred, Element>,       forward_moments<centred, Element>,
-          forward_statistics<centred, Element>, forward_normalize<centred, Element>,
-          backward_chunks<centred, Element>,    backward_sums<centred, Element>,
+          forward_statistics<centred, Element>, forward_normalize<centred, Element, Element>,
+          backward_chunks<centred, Element>,    backward_sums<centred, Element, Element>,
           backward_apply<centred, Element>};
 }
 

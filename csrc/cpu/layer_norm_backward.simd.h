@@ -6,6 +6,9 @@
 // Four rows at a time: one sweep gives their row sums and adds their weight gradients to the partial sums of
 // their chunk of rows, a second one, over the same rows in cache, stores dx. Memory sees two reads and one
 // write.
+//
+// `Element` is the type of the rows, `Grad` that of dy. Where dx goes is a parameter: to memory, or on into what
+// made the rows (dropout_add_layer_norm.simd.h).
 
 #pragma once
 
@@ -17,21 +20,20 @@ namespace fastreg::FASTREG_SIMD {
 
 // `group` adjacent rows' columns from `begin` on: adds their weight gradients to the partial sums and, where
 // dx is wanted, this block's row sums to `sums`.
-template <bool centred, bool wants_input, int group, class Element>
+template <bool centred, bool wants_input, int group, class Element, class Grad>
 FASTREG_INLINE void sum_block(const NormBackward& norm, int64_t row, int64_t begin, int64_t end,
                               Accumulator<Element>* weight_partial, Accumulator<Element>* bias_partial,
                               RowSums* sums, int64_t sums_stride) {
   using Scalar = Accumulator<Element>;
   constexpr int unroll = unroll_of(group);
-  const Element* grad_output[group];
+  const Grad* grad_output[group];
   const Element* input[group];
   Vector<Scalar> mean[group];
   Vector<Scalar> rstd[group];
   Vector<Scalar> projected[group * unroll] = {};
   Vector<Scalar> plain[group * unroll] = {};
   for (int r = 0; r < group; ++r) {
-    grad_output[r] =
-        static_cast<const Element*>(norm.grad_output) + (row + r) * norm.grad_output_stride + begin;
+    grad_output[r] = static_cast<const Grad*>(norm.grad_output) + (row + r) * norm.grad_output_stride + begin;
     input[r] = static_cast<const Element*>(norm.input) + (row + r) * norm.input_stride + begin;
     mean[r] = broadcast(centred ? static_cast<const Scalar*>(norm.mean)[row + r] : Scalar(0));
     rstd[r] = broadcast(static_cast<const Scalar*>(norm.rstd)[row + r]);
@@ -84,16 +86,16 @@ FASTREG_INLINE void sum_block(const NormBackward& norm, int64_t row, int64_t beg
   }
 }
 
-// Columns [begin, end) of dx, of a row whose sums over all columns are known.
-template <bool centred, class Element>
+// Calls put(lanes, column, gradient) for columns [begin, end) of dx, which it counts from 0 on, of a row whose sums
+// over all columns are known.
+template <bool centred, class Element, class Grad, class Put>
 FASTREG_INLINE void apply_columns(const NormBackward& norm, int64_t row, int64_t begin, int64_t end,
-                                  const RowSums& sums) {
+                                  const RowSums& sums, const Put& put) {
   using Scalar = Accumulator<Element>;
-  const Element* grad_output =
-      static_cast<const Element*>(norm.grad_output) + row * norm.grad_output_stride + begin;
+  const Grad* grad_output =
+      static_cast<const Grad*>(norm.grad_output) + row * norm.grad_output_stride + begin;
   const Element* input = static_cast<const Element*>(norm.input) + row * norm.input_stride + begin;
   const Scalar* weight = shifted(static_cast<const Scalar*>(norm.weight), begin);
-  Element* grad_input = static_cast<Element*>(norm.grad_input) + row * norm.hidden + begin;
   const double rstd = double(static_cast<const Scalar*>(norm.rstd)[row]);
   const double scale = rstd / double(norm.hidden);
   const Vector<Scalar> means = broadcast(centred ? static_cast<const Scalar*>(norm.mean)[row] : Scalar(0));
@@ -108,14 +110,31 @@ FASTREG_INLINE void apply_columns(const NormBackward& norm, int64_t row, int64_t
     }
     const Vector<Scalar> xhat = (centred ? x - means : x) * rstds;
     const Vector<Scalar> removed = centred ? multiply_add(xhat, projected, plain) : xhat * projected;
-    gradient = multiply_add(gradient, rstds, -removed);
-    if (norm.streams) {
-      lanes.stream(grad_input + column, gradient);
-    } else {
-      lanes.store(grad_input + column, gradient);
-    }
+    put(lanes, column, multiply_add(gradient, rstds, -removed));
   });
 }
+
+// dx goes to memory.
+template <bool is_centred, class Row>
+struct StoredGradient {
+  static constexpr bool centred = is_centred;
+  using Element = Row;
+  using Grad = Row;
+  const NormBackward& norm;
+
+  FASTREG_INLINE void apply(int64_t row, int64_t begin, int64_t end, const RowSums& sums) {
+    Element* grad_input = static_cast<Element*>(norm.grad_input) + row * norm.hidden + begin;
+    const bool streams = norm.streams;
+    apply_columns<centred, Element, Grad>(norm, row, begin, end, sums,
+                                          [&](auto lanes, int64_t column, Vector<Accumulator<Element>> gradient) {
+                                            if (streams) {
+                                              lanes.stream(grad_input + column, gradient);
+                                            } else {
+                                              lanes.store(grad_input + column, gradient);
+                                            }
+                                          });
+  }
+};
 
 // --- backward: chunks of rows and tiles --------------------------------------------------------------------
 
@@ -142,8 +161,10 @@ FASTREG_INLINE Scalar* cleared_partial(void* partials, const NormBackward& norm,
   return partial;
 }
 
-template <bool centred, bool wants_input, class Element>
-void backward_chunk(const NormBackward& norm, int64_t chunk) {
+// `target` takes dx, where it is wanted.
+template <bool wants_input, class Target>
+FASTREG_INLINE void backward_chunk(const NormBackward& norm, Target& target, int64_t chunk) {
+  using Element = typename Target::Element;
   using Scalar = Accumulator<Element>;
   Scalar* weight_partial = cleared_partial<Scalar>(norm.weight_partials, norm, chunk, 0, norm.hidden);
   Scalar* bias_partial = cleared_partial<Scalar>(norm.bias_partials, norm, chunk, 0, norm.hidden);
@@ -151,12 +172,12 @@ void backward_chunk(const NormBackward& norm, int64_t chunk) {
     RowSums sums[group] = {};
     for (int64_t begin = 0; begin < norm.hidden; begin += columns_per_block<Element>) {
       const int64_t end = end_of_block<Element>(begin, norm.hidden);
-      sum_block<centred, wants_input, group, Element>(norm, row, begin, end, weight_partial, bias_partial,
-                                                      sums, 1);
+      sum_block<Target::centred, wants_input, group, Element, typename Target::Grad>(
+          norm, row, begin, end, weight_partial, bias_partial, sums, 1);
     }
     if constexpr (wants_input) {
       for (int r = 0; r < group; ++r) {
-        apply_columns<centred, Element>(norm, row + r, 0, norm.hidden, sums[r]);
+        target.apply(row + r, 0, norm.hidden, sums[r]);
       }
     }
   };
@@ -172,11 +193,12 @@ void backward_chunk(const NormBackward& norm, int64_t chunk) {
 
 template <bool centred, class Element>
 void backward_chunks(const NormBackward& norm, int64_t begin_chunk, int64_t end_chunk) {
+  StoredGradient<centred, Element> target{norm};
   for (int64_t chunk = begin_chunk; chunk < end_chunk; ++chunk) {
     if (norm.grad_input != nullptr) {
-      backward_chunk<centred, true, Element>(norm, chunk);
+      backward_chunk<true>(norm, target, chunk);
     } else {
-      backward_chunk<centred, false, Element>(norm, chunk);
+      backward_chunk<false>(norm, target, chunk);
     }
   }
   if (norm.streams) {
@@ -184,7 +206,7 @@ void backward_chunks(const NormBackward& norm, int64_t begin_chunk, int64_t end_
   }
 }
 
-template <bool centred, bool wants_input, class Element>
+template <bool centred, bool wants_input, class Element, class Grad>
 void sum_tile(const NormBackward& norm, const Tile& tile, RowSums* tiles) {
   using Scalar = Accumulator<Element>;
   const int64_t chunk = tile.row;
@@ -200,8 +222,8 @@ void sum_tile(const NormBackward& norm, const Tile& tile, RowSums* tiles) {
         sums[r * blocks] = {};
       }
     }
-    sum_block<centred, wants_input, group, Element>(norm, row, tile.begin, tile.end, weight_partial,
-                                                    bias_partial, sums, blocks);
+    sum_block<centred, wants_input, group, Element, Grad>(norm, row, tile.begin, tile.end, weight_partial,
+                                                          bias_partial, sums, blocks);
   };
   int64_t row = rows.begin;
   for (; row + rows_per_group <= rows.end; row += rows_per_group) {
@@ -212,29 +234,34 @@ void sum_tile(const NormBackward& norm, const Tile& tile, RowSums* tiles) {
   }
 }
 
-template <bool centred, class Element>
+template <bool centred, class Element, class Grad>
 void backward_sums(const NormBackward& norm, RowSums* tiles, int64_t begin_tile, int64_t end_tile) {
   for (int64_t index = begin_tile; index < end_tile; ++index) {
     const Tile tile = tile_at<Element>(index, norm.hidden);
-    if (norm.grad_input != nullptr) {
-      sum_tile<centred, true, Element>(norm, tile, tiles);
+    if (tiles != nullptr) {
+      sum_tile<centred, true, Element, Grad>(norm, tile, tiles);
     } else {
-      sum_tile<centred, false, Element>(norm, tile, tiles);
+      sum_tile<centred, false, Element, Grad>(norm, tile, tiles);
     }
   }
 }
 
+// The sums of a row, of those of its `blocks` tiles.
+FASTREG_INLINE RowSums sums_of_row(const RowSums* tiles, int64_t blocks, int64_t row) {
+  RowSums sums{};
+  for (int64_t block = 0; block < blocks; ++block) {
+    sums.projected += tiles[row * blocks + block].projected;
+    sums.plain += tiles[row * blocks + block].plain;
+  }
+  return sums;
+}
+
 template <bool centred, class Element>
 void backward_apply(const NormBackward& norm, const RowSums* tiles, int64_t begin_tile, int64_t end_tile) {
-  const int64_t blocks = blocks_of<Element>(norm.hidden);
+  StoredGradient<centred, Element> target{norm};
   for (int64_t index = begin_tile; index < end_tile; ++index) {
     const Tile tile = tile_at<Element>(index, norm.hidden);
-    RowSums sums{};
-    for (int64_t block = 0; block < blocks; ++block) {
-      sums.projected += tiles[tile.row * blocks + block].projected;
-      sums.plain += tiles[tile.row * blocks + block].plain;
-    }
-    apply_columns<centred, Element>(norm, tile.row, tile.begin, tile.end, sums);
+    target.apply(tile.row, tile.begin, tile.end, sums_of_row(tiles, blocks_of<Element>(norm.hidden), tile.row));
   }
   if (norm.streams) {
     finish_streams();

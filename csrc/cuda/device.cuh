@@ -72,10 +72,16 @@ __device__ __forceinline__ float reciprocal_approximate(float value) {
 
 // --- asynchronous copies into shared memory --------------------------------------------------------------------------
 
-// Starts a copy of 16 bytes; they arrive when the group that they are committed to has been waited for.
+// Starts a copy of 16 bytes, or of 8; they arrive when the group that they are committed to has been waited for.
+template <int bytes = 16>
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+  } else {
+    static_assert(bytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target), "l"(global) : "memory");
+  }
 }
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -14,6 +14,9 @@
 // (layer_norm_backward_looped.cuh).
 //
 // What output_mask does not ask for has a null pointer: not loaded for, not computed, not stored.
+//
+// Where grad_output comes from and where the gradient goes is a template parameter, `Target`: here two tensors of the
+// input's dtype, for dropout + residual + norm what dropout_add_layer_norm_backward.cuh says.
 
 #pragma once
 
@@ -69,10 +72,9 @@ __device__ __forceinline__ void add_to_row(RowSums<centred>& sums, const Data& g
 
 // `means`: the row's sums over its number of elements.
 template <bool centred, int width, class Data>
-__device__ __forceinline__ Data input_gradient(const RowSums<centred>& means, const Data& grad_output,
-                                               const Data& input, float mean, float rstd,
-                                               const float (&weight)[width]) {
-  float values[width];
+__device__ __forceinline__ void input_gradient(const RowSums<centred>& means, const Data& grad_output,
+                                               const Data& input, float mean, float rstd, const float (&weight)[width],
+                                               float (&values)[width]) {
 #pragma unroll
   for (int index = 0; index < width; ++index) {
     const float normalized = normalized_at<centred>(input, index, mean, rstd);
@@ -83,7 +85,6 @@ __device__ __forceinline__ Data input_gradient(const RowSums<centred>& means, co
       values[index] = (scaled - normalized * means) * rstd;
     }
   }
-  return pack<std::remove_cvref_t<decltype(grad_output.elements[0])>, width>(values);
 }
 
 template <bool centred>
@@ -227,24 +228,103 @@ __device__ __forceinline__ void write_partials(ColumnSums<packs, width, in_share
   }
 }
 
-// --- the kernel ------------------------------------------------------------------------------------------------------
+// --- the gradient of the input ---------------------------------------------------------------------------------------
 
-template <class Element, bool centred, int width, bool sums_in_shared>
-__global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : backward_threads)
-    backward_kernel(const BackwardArguments arguments) {
+// Gradients in the input's dtype, one from memory and one to it: what the norms alone have.
+template <class Element, int pack_width>
+struct GradientOfInput {
+  static constexpr bool fused = false;
+  static constexpr int width = pack_width;
   using Data = Pack<Element, width>;
-  constexpr int packs = backward_packs(width, sums_in_shared);
+
+  const BackwardArguments& arguments;
+
+  __device__ __forceinline__ bool wanted() const { return arguments.grad_input != nullptr; }
+
+  __device__ __forceinline__ const Element* input(int64_t row, int64_t column) const {
+    return static_cast<const Element*>(arguments.input) + row * arguments.input_stride + column;
+  }
+
+  __device__ __forceinline__ const Element* grad_output(int64_t row, int64_t column) const {
+    return static_cast<const Element*>(arguments.grad_output) + row * arguments.grad_output_stride + column;
+  }
+
+  __device__ __forceinline__ Data load_grad_output(int64_t row, int64_t column) const {
+    return Data::load(grad_output(row, column));
+  }
+
+  // The same through shared memory: a copy into a pack's place there, which is read when it has come.
+  __device__ __forceinline__ void copy_grad_output(Data* place, int64_t row, int64_t column) const {
+    copy_async(place, grad_output(row, column));
+  }
+
+  __device__ __forceinline__ Data copied_grad_output(const Data* place) const { return *place; }
+
+  // What a pack's gradient needs beside these is asked for before the row's sums are known: here nothing.
+  struct Fetched {};
+  struct Row {};
+
+  static FASTREG_INLINE constexpr int at_once() { return 1; }
+
+  __device__ __forceinline__ Fetched fetch(int64_t, int64_t) const { return {}; }
+
+  template <int packs>
+  __device__ __forceinline__ void finish(const Fetched&, const Row&, uint32_t, int, int64_t row, int64_t column,
+                                         const float (&gradient)[width]) const {
+    Element* address = static_cast<Element*>(arguments.grad_input) + row * arguments.columns + column;
+    pack<Element, width>(gradient).store(address);
+  }
+
+  // For kernels that stay on one row: from a column of it on.
+  struct Along {
+    const Element* grad_output;
+    const Element* input;
+    Element* grad_input;
+
+    // `again`: the same thread will read it a second time.
+    template <bool again>
+    __device__ __forceinline__ Data load_grad_output(int64_t column) const {
+      return again ? Data::load_kept(grad_output + column) : Data::load(grad_output + column);
+    }
+
+    __device__ __forceinline__ void finish(int64_t column, const float (&gradient)[width]) const {
+      pack<Element, width>(gradient).store(grad_input + column);
+    }
+  };
+
+  __device__ __forceinline__ Along along(int64_t row, int64_t first) const {
+    return {grad_output(row, first), input(row, first),
+            static_cast<Element*>(arguments.grad_input) + row * arguments.columns + first};
+  }
+
+  // A third sum of each column, beside weight's and bias': here none.
+  static FASTREG_INLINE constexpr bool wants_sums() { return false; }
+
+  template <int packs>
+  static FASTREG_INLINE constexpr int start_sums() {
+    return 0;
+  }
+};
+
+// --- rows that stay on chip ------------------------------------------------------------------------------------------
+
+template <bool centred, bool sums_in_shared, class Target>
+__device__ __forceinline__ void differentiate_rows(const BackwardArguments& arguments, const Target& target) {
+  constexpr int width = Target::width;
+  using Data = typename Target::Data;
+  using Element = std::remove_cvref_t<decltype(Data{}.elements[0])>;
+  constexpr int packs = backward_packs(width, sums_in_shared, Target::fused);
   constexpr int stages = backward_stages(sizeof(Element), width, sums_in_shared);
   FASTREG_SHARED(Exchange<RowSums<centred>>, exchange);
   exchange.start(arguments.cluster);
   Team team(arguments.threads_per_row);
   const Slice slice(arguments.columns / width, arguments.cluster);
-  const bool wants_input = arguments.grad_input != nullptr;
+  const bool wants_input = target.wanted();
   const bool wants_weight = arguments.weight_partials != nullptr;
   const bool wants_bias = centred && arguments.bias_partials != nullptr;
   const bool reads_input = wants_input || wants_weight;
 
-  unsigned char* const memory = dynamic_shared();
+  unsigned char* const memory = dynamic_shared() + target.template start_sums<packs>();
   const Ring<Data, packs, stages> ring{memory};
   float* const sums_memory = reinterpret_cast<float*>(
       memory + backward_ring_bytes(sizeof(Element), width, sums_in_shared, static_cast<int>(blockDim.x)));
@@ -252,20 +332,15 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
   ColumnSums<packs, width, sums_in_shared> bias_sums(sums_memory +
                                                      (centred ? packs * width * static_cast<int>(blockDim.x) : 0));
 
-  const auto address = [&](const void* tensor, int64_t stride, int64_t row, int offset) {
-    return static_cast<const Element*>(tensor) + row * stride + static_cast<int64_t>(slice.first + offset) * width;
-  };
+  const auto column_of = [&](int offset) { return static_cast<int64_t>(slice.first + offset) * width; };
   const auto fetch = [&](int stage, int64_t row) {
     if constexpr (stages > 0) {
 #pragma unroll
       for (int place = 0; place < packs; ++place) {
         const int offset = place * team.threads + team.lane;
         if (row < arguments.rows && offset < slice.count) {
-          copy_async(ring.place(stage, 0, place),
-                     address(arguments.grad_output, arguments.grad_output_stride, row, offset));
-          if (reads_input) {
-            copy_async(ring.place(stage, 1, place), address(arguments.input, arguments.input_stride, row, offset));
-          }
+          target.copy_grad_output(ring.place(stage, 0, place), row, column_of(offset));
+          if (reads_input) copy_async(ring.place(stage, 1, place), target.input(row, column_of(offset)));
         }
       }
       copy_async_commit();
@@ -308,7 +383,7 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
   unsigned round = 0;
   // Every thread of a block goes round equally often, also where its team has no row left: all meet at the barriers.
   for (int64_t first_row = block_row; first_row < arguments.rows; first_row += step, row += step) {
-    team.forget_places<width>();
+    team.template forget_places<width>();
     const bool active = row < arguments.rows;
     const float mean = next_mean;
     const float rstd = next_rstd;
@@ -322,11 +397,11 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
       const int offset = place * team.threads + team.lane;
       if (active && offset < slice.count) {
         if constexpr (stages > 0) {
-          grad_output[place] = *ring.place(stage, 0, place);
+          grad_output[place] = target.copied_grad_output(ring.place(stage, 0, place));
           if (reads_input) input[place] = *ring.place(stage, 1, place);
         } else {
-          grad_output[place] = Data::load(address(arguments.grad_output, arguments.grad_output_stride, row, offset));
-          if (reads_input) input[place] = Data::load(address(arguments.input, arguments.input_stride, row, offset));
+          grad_output[place] = target.load_grad_output(row, column_of(offset));
+          if (reads_input) input[place] = Data::load(target.input(row, column_of(offset)));
         }
       }
     }
@@ -335,7 +410,7 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
       stage = stage + 1 == stages ? 0 : stage + 1;
     }
 
-    team.forget_places<width>();
+    team.template forget_places<width>();
     RowSums<centred> sums[1] = {};
 #pragma unroll
     for (int place = 0; place < packs; ++place) {
@@ -363,8 +438,28 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
 
     keep_packed(grad_output);
     keep_packed(input);
-    team.forget_places<width>();
+    team.template forget_places<width>();
 
+    constexpr int at_once = Target::at_once();
+    typename Target::Fetched fetched[at_once];
+    typename Target::Row opened;
+    uint32_t bits = 0;
+    const auto fetch_more = [&](int begin) {
+#pragma unroll
+      for (int index = 0; index < at_once; ++index) {
+        const int offset = (begin + index) * team.threads + team.lane;
+        if (active && offset < slice.count) fetched[index] = target.fetch(row, column_of(offset));
+      }
+    };
+    if constexpr (Target::fused) {
+      if (wants_input) {
+        if (active) opened = target.open(row);
+        fetch_more(0);
+        bits = target.template draw<packs>(
+            [&](int place) { return target.element(row, column_of(place * team.threads + team.lane)); });
+      }
+      team.template forget_places<width>();
+    }
     if (wants_input) {
       sums[0] = over_lanes(sums[0], team.lanes());
       over_warps_and_blocks(sums, team, arguments.cluster, exchange, round);
@@ -373,25 +468,39 @@ __global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : bac
 #pragma unroll
       for (int place = 0; place < packs; ++place) {
         const int offset = place * team.threads + team.lane;
+        if constexpr (Target::fused) {
+          if (place > 0 && place % at_once == 0) fetch_more(place);
+        }
         if (active && offset < slice.count) {
-          Element* target = static_cast<Element*>(arguments.grad_input) + row * arguments.columns +
-                            static_cast<int64_t>(slice.first + offset) * width;
           if constexpr (!keeps_weights) load_weight(place, weights[0]);
-          input_gradient<centred, width>(means, grad_output[place], input[place], mean, rstd,
-                                         weights[keeps_weights ? place : 0])
-              .store(target);
+          if constexpr (Target::fused) {
+            grad_output[place].keep_packed();
+            input[place].keep_packed();
+          }
+          float gradient[width];
+          input_gradient<centred>(means, grad_output[place], input[place], mean, rstd,
+                                  weights[keeps_weights ? place : 0], gradient);
+          target.template finish<packs>(fetched[place % at_once], opened, bits >> place * width, place, row,
+                                        column_of(offset), gradient);
         }
       }
     }
   }
 
-  if (wants_weight || wants_bias) {
+  if (wants_weight || wants_bias || target.wants_sums()) {
     __syncthreads();  // the ring's place is reused
     const int64_t partial = static_cast<int64_t>(blockIdx.x / arguments.cluster) * arguments.columns;
     float* scratch = reinterpret_cast<float*>(memory);
     if (wants_weight) write_partials(weight_sums, arguments.weight_partials + partial, team, slice, scratch);
     if (wants_bias) write_partials(bias_sums, arguments.bias_partials + partial, team, slice, scratch);
+    if constexpr (Target::fused) target.template write_sums<packs>(partial, team, slice, scratch);
   }
+}
+
+template <class Element, bool centred, int width, bool sums_in_shared>
+__global__ void __launch_bounds__(sums_in_shared ? backward_shared_threads : backward_threads)
+    backward_kernel(const BackwardArguments arguments) {
+  differentiate_rows<centred, sums_in_shared>(arguments, GradientOfInput<Element, width>{arguments});
 }
 
 // --- the sum of the partial sums -------------------------------------------------------------------------------------
@@ -416,12 +525,8 @@ struct ReduceSums {
   float values[reduce_slices][reduce_columns];
 };
 
-// A block adds up 32 columns of one gradient: 16 warps each every sixteenth row, then one warp their sums, in order. A
-// template only so that each op's translation unit has a kernel of its own.
-template <bool centred>
-__global__ void __launch_bounds__(reduce_columns* reduce_slices)
-    reduce_partials_kernel(const ReduceArguments arguments) {
-  FASTREG_SHARED(ReduceSums, sums);
+// A block adds up 32 columns of one gradient: 16 warps each every sixteenth row, then one warp their sums, in order.
+__device__ __forceinline__ void reduce_partials(const ReduceArguments& arguments, ReduceSums& sums) {
   const int lane = static_cast<int>(threadIdx.x) % reduce_columns;
   const int slice = static_cast<int>(threadIdx.x) / reduce_columns;
   const int blocks = (arguments.columns + reduce_columns - 1) / reduce_columns;
@@ -443,6 +548,14 @@ __global__ void __launch_bounds__(reduce_columns* reduce_slices)
     store_parameter(second ? arguments.second.data : arguments.first.data,
                     second ? arguments.second.dtype : arguments.first.dtype, column, total);
   }
+}
+
+// A template only so that each op's translation unit has a kernel of its own.
+template <bool centred>
+__global__ void __launch_bounds__(reduce_columns* reduce_slices)
+    reduce_partials_kernel(const ReduceArguments arguments) {
+  FASTREG_SHARED(ReduceSums, sums);
+  reduce_partials(arguments, sums);
 }
 
 }  // namespace fastreg::cuda

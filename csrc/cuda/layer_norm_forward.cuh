@@ -8,6 +8,8 @@
 // chip has room for are read twice (forward_looped_kernel).
 //
 // The kernels take every extent from their arguments; how many threads, packs and rows is planned in layer_norm_plan.h.
+// Where a row's values come from and where the output goes is a template parameter, `Rows`: here the rows of a tensor,
+// for dropout + residual + norm those of a sum that is made while it is loaded (dropout_add_layer_norm_forward.cuh).
 
 #pragma once
 
@@ -59,20 +61,64 @@ __device__ __forceinline__ void store_statistics(const ForwardArguments& argumen
   arguments.rstd[row] = rstd;
 }
 
-template <class Element, bool centred, int width>
-__device__ __forceinline__ Pack<Element, width> normalize(const Pack<Element, width>& input, float mean, float rstd,
-                                                          const float (&weight)[width], const float (&bias)[width]) {
-  float values[width];
+template <bool centred, int width, class Data>
+__device__ __forceinline__ void normalize(const Data& input, float mean, float rstd, const float (&weight)[width],
+                                          const float (&bias)[width], float (&values)[width]) {
 #pragma unroll
   for (int index = 0; index < width; ++index) {
     const float normalized = (centred ? input[index] - mean : input[index]) * rstd;
     values[index] = centred ? normalized * weight[index] + bias[index] : normalized * weight[index];
   }
-  return pack<Element, width>(values);
 }
 
+// The rows of a tensor, and the output in its dtype: what the norms alone read and write. fetch() asks memory for a
+// pack; where more has to be done (`fused`), finish() makes what is normalised of what has come.
+template <class Element, int pack_width>
+struct RowsOfTensor {
+  static constexpr bool fused = false;
+  static constexpr int width = pack_width;
+  using Data = Pack<Element, width>;
+  using Fetched = Data;
+  using Row = const Element*;
+
+  const ForwardArguments& arguments;
+
+  // What is known of a row before its packs.
+  __device__ __forceinline__ Row open(int64_t row) const {
+    return static_cast<const Element*>(arguments.input) + row * arguments.row_stride;
+  }
+
+  __device__ __forceinline__ Data fetch(const Row& row, int64_t column) const { return Data::load(row + column); }
+
+  __device__ __forceinline__ void store(int64_t row, int64_t column, const float (&values)[width]) const {
+    pack<Element, width>(values).store(static_cast<Element*>(arguments.output) + row * arguments.columns + column);
+  }
+
+  // For kernels that stay on one row: from a column of it on.
+  struct Along {
+    const Element* input;
+    Element* output;
+
+    // `again`: the same thread will read it a second time.
+    template <bool again>
+    __device__ __forceinline__ Data fetch(int64_t column) const {
+      return again ? Data::load_kept(input + column) : Data::load(input + column);
+    }
+
+    __device__ __forceinline__ void store(int64_t column, const float (&values)[width]) const {
+      pack<Element, width>(values).store(output + column);
+    }
+  };
+
+  __device__ __forceinline__ Along along(int64_t row, int64_t first) const {
+    return {open(row) + first, static_cast<Element*>(arguments.output) + row * arguments.columns + first};
+  }
+};
+
+// --- rows that stay on chip ------------------------------------------------------------------------------------------
+
 // The moments, or sum of squares, of the packs of one row that a warp (or the part of a warp that is a team) holds.
-template <class Element, bool centred, int width, int packs>
+template <bool centred, class Element, int width, int packs>
 __device__ __forceinline__ RowValue<centred> row_value(Pack<Element, width> (&input)[packs], const Team& team,
                                                        const Slice& slice, bool active) {
   float mean = 0.0f;
@@ -113,10 +159,10 @@ __device__ __forceinline__ RowValue<centred> row_value(Pack<Element, width> (&in
 
 // A team keeps `rows` rows of `packs` packs a thread in registers. Several rows at once keep as many bytes on their way
 // as one longer row would, and share their weights and their barriers.
-template <class Element, bool centred, int width, int packs, int rows>
-__global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward_minimum_blocks(width, packs))
-    forward_kernel(const ForwardArguments arguments) {
-  using Data = Pack<Element, width>;
+template <bool centred, int packs, int rows, class Rows>
+__device__ __forceinline__ void normalize_rows(const ForwardArguments& arguments, const Rows& tensors) {
+  constexpr int width = Rows::width;
+  using Data = typename Rows::Data;
   using RowExchange = Exchange<RowValue<centred>, rows>;
   FASTREG_SHARED(RowExchange, exchange);
   constexpr bool beyond_a_warp = forward_beyond_a_warp(width, packs);
@@ -126,15 +172,45 @@ __global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward
   const int64_t first_row = static_cast<int64_t>(blockIdx.x / arguments.cluster) * (team.count * rows) + team.index;
 
   Data input[rows][packs];
+  if constexpr (!Rows::fused) {
 #pragma unroll
-  for (int turn = 0; turn < rows; ++turn) {
-    const int64_t row = first_row + turn * team.count;
-    const Element* address = static_cast<const Element*>(arguments.input) + row * arguments.row_stride;
+    for (int turn = 0; turn < rows; ++turn) {
+      const int64_t row = first_row + turn * team.count;
+      const typename Rows::Row opened = tensors.open(row);
 #pragma unroll
-    for (int place = 0; place < packs; ++place) {
-      const int offset = place * team.threads + team.lane;
-      if (row < arguments.rows && offset < slice.count) {
-        input[turn][place] = Data::load(address + static_cast<int64_t>(slice.first + offset) * width);
+      for (int place = 0; place < packs; ++place) {
+        const int offset = place * team.threads + team.lane;
+        if (row < arguments.rows && offset < slice.count) {
+          input[turn][place] = tensors.fetch(opened, static_cast<int64_t>(slice.first + offset) * width);
+        }
+      }
+    }
+  } else {
+    static_assert(rows == 1);
+    const typename Rows::Row opened = tensors.open(first_row);
+    const bool active = first_row < arguments.rows;
+    constexpr int at_once = Rows::at_once(packs);
+#pragma unroll
+    for (int begin = 0; begin < packs; begin += at_once) {
+      typename Rows::Fetched fetched[at_once];
+      team.template forget_places<width>();
+      const auto column_of = [&](int index) {
+        return static_cast<int64_t>(slice.first + (begin + index) * team.threads + team.lane) * width;
+      };
+#pragma unroll
+      for (int index = 0; index < at_once; ++index) {
+        const int offset = (begin + index) * team.threads + team.lane;
+        if (active && offset < slice.count) fetched[index] = tensors.fetch(opened, column_of(index));
+      }
+      const uint32_t bits = tensors.template draw<at_once>(
+          [&](int index) { return tensors.element(opened, column_of(index)); });
+#pragma unroll
+      for (int index = 0; index < at_once; ++index) {
+        const int offset = (begin + index) * team.threads + team.lane;
+        if (active && offset < slice.count) {
+          input[0][begin + index] =
+              tensors.template finish<true>(fetched[index], opened, bits >> index * width, column_of(index));
+        }
       }
     }
   }
@@ -144,7 +220,7 @@ __global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward
 #pragma unroll
   for (int turn = 0; turn < rows; ++turn) {
     const bool active = first_row + turn * team.count < arguments.rows;
-    values[turn] = row_value<Element, centred, width, packs>(input[turn], team, slice, active);
+    values[turn] = row_value<centred>(input[turn], team, slice, active);
   }
   if constexpr (beyond_a_warp) {
     exchange.finish_start(arguments.cluster);
@@ -182,37 +258,65 @@ __global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward
       for (int turn = 0; turn < rows; ++turn) {
         const int64_t row = first_row + turn * team.count;
         if (row < arguments.rows) {
-          Element* address = static_cast<Element*>(arguments.output) + row * arguments.columns + column;
-          normalize<Element, centred, width>(input[turn][place], mean[turn], rstd[turn], weight, bias).store(address);
+          float values_of_pack[width];
+          normalize<centred>(input[turn][place], mean[turn], rstd[turn], weight, bias, values_of_pack);
+          tensors.store(row, column, values_of_pack);
         }
       }
     }
   }
 }
 
-// Rows that do not fit on the chip: one block, or a cluster, a row; read once for the statistics and again for the
-// output, the second time backwards, since what was read last is what the caches still have.
-template <class Element, bool centred, int width>
-__global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const ForwardArguments arguments) {
-  using Data = Pack<Element, width>;
+template <class Element, bool centred, int width, int packs, int rows>
+__global__ void __launch_bounds__(forward_maximum_threads(width, packs), forward_minimum_blocks(width, packs))
+    forward_kernel(const ForwardArguments arguments) {
+  normalize_rows<centred, packs, rows>(arguments, RowsOfTensor<Element, width>{arguments});
+}
+
+// --- rows beyond the chip --------------------------------------------------------------------------------------------
+
+// One block, or a cluster, a row; read once for the statistics and again for the output, the second time backwards,
+// since what was read last is what the caches still have.
+template <bool centred, class Rows>
+__device__ __forceinline__ void normalize_long_row(const ForwardArguments& arguments, const Rows& tensors) {
+  constexpr int width = Rows::width;
+  using Data = typename Rows::Data;
   constexpr int packs = looped_packs;
   FASTREG_SHARED(Exchange<RowValue<centred>>, exchange);
   exchange.start(arguments.cluster);
   const Team team(arguments.threads_per_row);
   const Slice slice(arguments.columns / width, arguments.cluster);
   const int64_t row = blockIdx.x / arguments.cluster;
-  const Element* input = static_cast<const Element*>(arguments.input) + row * arguments.row_stride +
-                         static_cast<int64_t>(slice.first) * width;
-  Element* output = static_cast<Element*>(arguments.output) + row * arguments.columns + slice.first * width;
+  const auto along = tensors.along(row, static_cast<int64_t>(slice.first) * width);
 
   // Each thread merges the moments of a few packs at a time into its own.
   RowValue<centred> value{};
   for (int start = team.lane; start < slice.count; start += packs * team.threads) {
+    typename Rows::Fetched fetched[packs];
     Data data[packs];
 #pragma unroll
     for (int place = 0; place < packs; ++place) {
       const int offset = start + place * team.threads;
-      if (offset < slice.count) data[place] = Data::load_kept(input + static_cast<int64_t>(offset) * width);
+      if (offset < slice.count) {
+        const int64_t column = static_cast<int64_t>(offset) * width;
+        if constexpr (Rows::fused) {
+          fetched[place] = along.template fetch<true>(column);
+        } else {
+          data[place] = along.template fetch<true>(column);
+        }
+      }
+    }
+    if constexpr (Rows::fused) {
+      const uint32_t bits = along.template draw<packs>(
+          [&](int place) { return static_cast<int64_t>(start + place * team.threads) * width; });
+#pragma unroll
+      for (int place = 0; place < packs; ++place) {
+        const int offset = start + place * team.threads;
+        if (offset < slice.count) {
+          data[place] = along.template finish<true>(fetched[place], bits >> place * width,
+                                                    static_cast<int64_t>(offset) * width);
+        }
+      }
     }
     float sum = 0.0f;
     float count = 0.0f;
@@ -260,10 +364,24 @@ __global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const Fo
     float bias[width];
     load_parameter<width>(arguments.weight, column, 1.0f, weight);
     if constexpr (centred) load_parameter<width>(arguments.bias, column, 0.0f, bias);
-    const Data data = Data::load(input + static_cast<int64_t>(offset) * width);
-    normalize<Element, centred, width>(data, mean, rstd, weight, bias)
-        .store(output + static_cast<int64_t>(offset) * width);
+    const int64_t place = static_cast<int64_t>(offset) * width;
+    Data data;
+    if constexpr (Rows::fused) {
+      const typename Rows::Fetched fetched = along.template fetch<false>(place);
+      const uint32_t bits = along.template draw<1>([&](int) { return place; });
+      data = along.template finish<false>(fetched, bits, place);
+    } else {
+      data = along.template fetch<false>(place);
+    }
+    float values_of_pack[width];
+    normalize<centred>(data, mean, rstd, weight, bias, values_of_pack);
+    along.store(place, values_of_pack);
   }
+}
+
+template <class Element, bool centred, int width>
+__global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const ForwardArguments arguments) {
+  normalize_long_row<centred>(arguments, RowsOfTensor<Element, width>{arguments});
 }
 
 }  // namespace fastreg::cuda

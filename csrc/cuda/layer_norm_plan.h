@@ -26,6 +26,8 @@ struct Problem {
   int element_size;  // of the activations
   bool centred;      // layer norm; else RMS norm
   bool wide;         // every pointer and stride allows packs of 16 bytes
+  bool fused = false;       // with dropout + residual (dropout_add_layer_norm_plan.h)
+  bool third_sums = false;  // of these, backward: layer_scale's gradient beside those of weight and bias
 
   constexpr int width() const { return wide ? 16 / element_size : 1; }
   constexpr int packs() const { return columns / width(); }
@@ -171,9 +173,18 @@ inline constexpr int backward_barrier_threads = 256;  // two such blocks: one wo
 inline constexpr int columns_threads = 128;
 inline constexpr int columns_rows = 4;  // on their way at once in each thread
 
-// Elements a thread holds of a row: 16 with two sums each in registers, 32 with the sums in shared memory.
-FASTREG_INLINE constexpr int backward_packs(int width, bool sums_in_shared) {
-  return (sums_in_shared ? 32 : 16) / width;
+// Fused kernels have more in registers, and in both kinds 384 threads of 168.
+constexpr int backward_threads_of(const Problem& problem, bool sums_in_shared) {
+  return sums_in_shared || problem.fused ? backward_shared_threads : backward_threads;
+}
+constexpr int backward_barrier_threads_of(const Problem& problem) {
+  return problem.fused ? backward_shared_threads / 2 : backward_barrier_threads;
+}
+
+// Elements a thread holds of a row: 16 with two sums each in registers, 32 with the sums in shared memory. Fused
+// kernels of one-element packs have much to do for each, and hold 8.
+FASTREG_INLINE constexpr int backward_packs(int width, bool sums_in_shared, bool fused) {
+  return (sums_in_shared ? 32 : fused && width == 1 ? 8 : 16) / width;
 }
 
 // Rows that are on their way into shared memory while one is worked on: with 512 threads, 96 KB of 16-bit or 128 KB of
@@ -185,8 +196,9 @@ FASTREG_INLINE constexpr int backward_stages(int element_size, int width, bool s
 }
 
 FASTREG_INLINE constexpr int64_t backward_ring_bytes(int element_size, int width, bool sums_in_shared, int threads) {
+  // One-element packs, of which fused kernels hold fewer, have no ring.
   return int64_t{2} * 16 * backward_stages(element_size, width, sums_in_shared) *
-         backward_packs(width, sums_in_shared) * threads;
+         backward_packs(width, sums_in_shared, false) * threads;
 }
 
 // Gradients of the parameters for rows beyond the chip: a thread owns the columns of one pack and goes down the rows.
@@ -206,23 +218,25 @@ constexpr int64_t backward_shared_bytes(const Problem& problem, bool sums_in_sha
                                         int teams) {
   const int width = problem.width();
   const int threads = threads_per_row * teams;
+  const int64_t sums = int64_t{4} * backward_packs(width, sums_in_shared, problem.fused) * width * threads;
+  const int64_t third = problem.third_sums ? sums : 0;
   const int64_t ring = backward_ring_bytes(problem.element_size, width, sums_in_shared, threads);
   if (sums_in_shared) {
-    return ring + int64_t{4} * (problem.centred ? 2 : 1) * backward_packs(width, true) * width * threads;
+    return third + ring + (problem.centred ? 2 : 1) * sums;
   }
   // After the last row the ring's place is where the teams' sums are added up, one parameter at a time.
   const int copies = threads_per_row < 32 ? static_cast<int>(divide_up(threads, 32)) : teams;
-  return cluster > 1 || copies == 1 ? ring : larger(ring, int64_t{4} * copies * problem.columns);
+  return third + (cluster > 1 || copies == 1 ? ring : larger(ring, int64_t{4} * copies * problem.columns));
 }
 
 // Fills in threads and cluster for a kind; false where the row does not fit.
 constexpr bool fit_backward(BackwardPlan& plan, const Problem& problem, const DeviceTraits& device) {
   const bool sums_in_shared = plan.kind == BackwardKind::sums_in_shared;
-  plan.packs = backward_packs(plan.width, sums_in_shared);
+  plan.packs = backward_packs(plan.width, sums_in_shared, problem.fused);
   for (plan.cluster = 1; plan.cluster <= largest_cluster(device); plan.cluster *= 2) {
     const int64_t share = divide_up(problem.packs(), plan.cluster);
     const int64_t needed = divide_up(share, plan.packs);
-    if (needed <= (sums_in_shared ? backward_shared_threads : backward_threads) &&
+    if (needed <= backward_threads_of(problem, sums_in_shared) &&
         backward_shared_bytes(problem, sums_in_shared, plan.cluster, team_threads(needed), 1) <=
             device.shared_bytes_per_block) {
       plan.cluster = spread_over_device(plan.cluster, problem, device);
@@ -248,7 +262,8 @@ constexpr BackwardPlan backward_plan(const Problem& problem, const DeviceTraits&
   // work.
   int64_t teams = 1;
   if (!sums_in_shared && plan.cluster == 1) {
-    const int target = plan.threads_per_row <= 32 ? backward_threads : backward_barrier_threads;
+    const int target = plan.threads_per_row <= 32 ? backward_threads_of(problem, sums_in_shared)
+                                                  : backward_barrier_threads_of(problem);
     teams = larger(1, target / plan.threads_per_row);
     teams = larger(smaller(teams, problem.rows / device.multiprocessors), 1);
     teams = larger(teams, 32 / smaller(plan.threads_per_row, 32));
@@ -263,7 +278,7 @@ constexpr BackwardPlan backward_plan(const Problem& problem, const DeviceTraits&
       backward_shared_bytes(problem, sums_in_shared, plan.cluster, plan.threads_per_row, static_cast<int>(teams)));
 
   // A persistent grid: as many blocks as run at once, unless there are fewer rows than that.
-  const int64_t by_threads = backward_threads / plan.threads;
+  const int64_t by_threads = backward_threads_of(problem, sums_in_shared) / plan.threads;
   const int64_t by_shared = device.shared_bytes_per_multiprocessor / (plan.shared_bytes + 1024 + 1024);
   const int64_t resident = sums_in_shared ? 1 : larger(1, smaller(by_threads, by_shared));
   const int64_t clusters = larger(1, resident * device.multiprocessors / plan.cluster);

@@ -3,6 +3,8 @@
 from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from fastreg.nn.drop_block import DropBlock2d, DropBlock3d
 from fastreg.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d, DropoutAdd, DropPath
+from fastreg.nn.dropout_add_layer_norm import DropoutAddLayerNorm
+from fastreg.nn.dropout_add_rms_norm import DropoutAddRMSNorm
 from fastreg.nn.group_norm import GroupNorm, GroupNormAct
 from fastreg.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastreg.nn.layer_norm import LayerNorm
@@ -23,6 +25,8 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "DropoutAdd",
+    "DropoutAddLayerNorm",
+    "DropoutAddRMSNorm",
     "GroupNorm",
     "GroupNormAct",
     "InstanceNorm1d",

@@ -24,6 +24,8 @@ OPERATORS = (
     *("group_norm_fwd", "group_norm_bwd", "instance_norm_fwd"),
     *("dropout_fwd", "dropout_inplace", "dropout_bwd"),
     *("drop_block_mask", "drop_block_apply", "drop_block_inplace"),
+    *("dropout_add_layer_norm_fwd", "dropout_add_layer_norm_bwd"),
+    *("dropout_add_rms_norm_fwd", "dropout_add_rms_norm_bwd"),
 )
 ORDERS = ("first in first out", "last in first out", "random")
 
@@ -194,6 +196,10 @@ dropout_bwd = _passed_on("dropout_bwd")
 drop_block_mask = _passed_on("drop_block_mask")
 drop_block_apply = _passed_on("drop_block_apply")
 drop_block_inplace = _passed_on("drop_block_inplace")
+dropout_add_layer_norm_fwd = _passed_on("dropout_add_layer_norm_fwd")
+dropout_add_layer_norm_bwd = _passed_on("dropout_add_layer_norm_bwd")
+dropout_add_rms_norm_fwd = _passed_on("dropout_add_rms_norm_fwd")
+dropout_add_rms_norm_bwd = _passed_on("dropout_add_rms_norm_bwd")
 
 
 def register() -> None:

@@ -175,7 +175,10 @@ def _program(
     return _linked(source.stem, [program, *_simulator_objects(common)], [*sanitizer, "-rdynamic", "-ldl"])
 
 
-STANDALONE = ("standalone", "standalone_batch_norm", "standalone_group_norm", "standalone_dropout")
+STANDALONE = (
+    *("standalone", "standalone_batch_norm", "standalone_group_norm"),
+    *("standalone_dropout", "standalone_dropout_add_norm"),
+)
 
 
 def standalone(

@@ -292,7 +292,11 @@ __attribute__((always_inline)) inline void store_wide(void* address, const uint4
 inline void forget(uint32_t&) {}
 inline void forget(uint16_t&) {}
 
-inline void copy_async(void* shared, const void* global) { simulator::copy_async(shared, global); }
+template <int bytes = 16>
+inline void copy_async(void* shared, const void* global) {
+  static_assert(bytes == 8 || bytes == 16);
+  simulator::copy_async(shared, global, bytes);
+}
 
 inline void copy_async_commit() { simulator::copy_async_commit(); }
 

@@ -164,7 +164,14 @@ __global__ void async_copy_kernel(const Arguments arguments) {
   int4* const shared = reinterpret_cast<int4*>(dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x);
   for (int stage = 0; stage < 3; ++stage) {
-    copy_async(shared + stage * threads + thread, arguments.input + 4 * (stage * threads + thread));
+    int4* const target = shared + stage * threads + thread;
+    const int* const source = arguments.input + 4 * (stage * threads + thread);
+    if (stage < 2) {
+      copy_async(target, source);
+    } else {
+      copy_async<8>(target, source);
+      copy_async<8>(&target->z, source + 2);
+    }
     copy_async_commit();
   }
   copy_async_wait<1>();

@@ -334,6 +334,8 @@ _KERNELS = re.compile(
 
 # The program that runs a file's kernels, and as little else as there can be.
 _PROGRAMS = (
+    # What the two ops share is in the norm's files; the fused one has more of it.
+    (re.compile(r"(dropout_add_)?layer_norm_.*"), ("standalone_dropout_add_norm",)),
     (re.compile(r"drop_block.*"), ("standalone_dropout", "-DFASTREG_STANDALONE_DROP_BLOCK")),
     (re.compile(r"dropout.*"), ("standalone_dropout", "-DFASTREG_STANDALONE_DROPOUT")),
     (re.compile(r"(group|instance)_norm.*"), ("standalone_group_norm",)),

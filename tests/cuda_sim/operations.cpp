@@ -303,8 +303,7 @@ unsigned char* dynamic_shared() { return running->block->shared + static_shared_
 
 // The bytes move at once or when they are waited for: code that reads too early, or has not read what they replace,
 // gets other bytes in one of the schedules.
-void copy_async(void* target, const void* source) {
-  constexpr size_t bytes = 16;
+void copy_async(void* target, const void* source, size_t bytes) {
   check_aligned(target, bytes);
   check_aligned(source, bytes);
   const bool at_once = the_schedule.order == Order::last_in_first_out ||
@@ -312,7 +311,7 @@ void copy_async(void* target, const void* source) {
   const void* place = __builtin_return_address(0);
   tracer::copy_starts(target, source, bytes, place);
   if (at_once) std::memcpy(target, source, bytes);
-  running->open_group.push_back({target, source, place, at_once});
+  running->open_group.push_back({target, source, bytes, place, at_once});
 }
 
 void copy_async_commit() {
@@ -321,12 +320,11 @@ void copy_async_commit() {
 }
 
 void copy_async_wait(size_t pending) {
-  constexpr size_t bytes = 16;
   auto& groups = running->copy_groups;
   while (groups.size() > pending) {
     for (const PendingCopy& copy : groups.front()) {
-      if (!copy.moved) std::memcpy(copy.target, copy.source, bytes);
-      tracer::copy_arrives(copy.target, bytes, copy.place);
+      if (!copy.moved) std::memcpy(copy.target, copy.source, copy.bytes);
+      tracer::copy_arrives(copy.target, copy.bytes, copy.place);
     }
     groups.erase(groups.begin());
   }

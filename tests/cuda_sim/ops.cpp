@@ -10,6 +10,7 @@
 #include "../../csrc/cuda/batch_norm_plan.h"
 #include "../../csrc/cuda/batch_norm_resident_plan.h"
 #include "../../csrc/cuda/drop_block_plan.h"
+#include "../../csrc/cuda/dropout_add_layer_norm_plan.h"
 #include "../../csrc/cuda/group_norm_pieces.h"
 #include "../../csrc/cuda/layer_norm_plan.h"
 #include "simulator.h"
@@ -43,17 +44,18 @@ const char* cuda_sim_launches() {
 
 // The launch plans, in the order of their fields.
 void cuda_sim_forward_plan(int architecture, int multiprocessors, int64_t rows, int columns, int element_size,
-                           bool centred, bool wide, int64_t* fields) {
-  const auto plan = fastreg::cuda::forward_plan({rows, columns, element_size, centred, wide},
-                                                traits_of(architecture, multiprocessors));
+                           bool centred, bool wide, bool fused, bool third_sums, int64_t* fields) {
+  const fastreg::cuda::Problem problem{rows, columns, element_size, centred, wide, fused, third_sums};
+  const auto traits = traits_of(architecture, multiprocessors);
+  const auto plan = fused ? fused_forward_plan(problem, traits) : forward_plan(problem, traits);
   const int64_t values[] = {plan.looped,          plan.width,   plan.packs,   plan.rows,
                             plan.threads_per_row, plan.threads, plan.cluster, plan.blocks};
   std::copy(std::begin(values), std::end(values), fields);
 }
 
 void cuda_sim_backward_plan(int architecture, int multiprocessors, int64_t rows, int columns, int element_size,
-                            bool centred, bool wide, int64_t* fields) {
-  const auto plan = fastreg::cuda::backward_plan({rows, columns, element_size, centred, wide},
+                            bool centred, bool wide, bool fused, bool third_sums, int64_t* fields) {
+  const auto plan = fastreg::cuda::backward_plan({rows, columns, element_size, centred, wide, fused, third_sums},
                                                  traits_of(architecture, multiprocessors));
   const int64_t values[] = {static_cast<int64_t>(plan.kind),
                             plan.width,

@@ -17,6 +17,8 @@ class Problem:
     element_size: int = 2
     centred: bool = True
     wide: bool = True
+    fused: bool = False  # with dropout + residual
+    third_sums: bool = False  # of these, backward: with layer_scale's gradient
 
 
 @dataclass(frozen=True)

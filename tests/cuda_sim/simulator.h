@@ -133,6 +133,7 @@ struct Cluster {
 struct PendingCopy {
   void* target;
   const void* source;
+  size_t bytes;
   const void* place;  // in the kernel
   bool moved;
 };
@@ -195,7 +196,7 @@ void fence();
 void* shared_variable(const void* key, size_t bytes, size_t alignment);
 unsigned char* dynamic_shared();
 
-void copy_async(void* target, const void* source);
+void copy_async(void* target, const void* source, size_t bytes);
 void copy_async_commit();
 void copy_async_wait(size_t pending);
 

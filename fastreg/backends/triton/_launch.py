@@ -120,6 +120,14 @@ def vector(hidden: int, *row_strides: int, aligned: bool = True) -> int:
     return math.gcd(8, hidden, *row_strides) if aligned else 1
 
 
+def drawn_at_once(hidden: int, itemsize: int) -> int:
+    """How many elements of a row, next to each other, draw from the random stream at once: those of a load, or fewer.
+
+    Never more than divide the hidden size, so that in no row these are from one block of the stream and the next.
+    """
+    return math.gcd(VECTOR_BYTES // itemsize, hidden)
+
+
 def _narrow(itemsize: int, vector: int) -> bool:
     """Whether loads are narrower than 16 bytes: then 16-bit elements lie in a register each, with more addresses."""
     return vector * itemsize < VECTOR_BYTES
@@ -152,7 +160,8 @@ def _tile(hidden: int, itemsize: int, limits: Sequence[_Limit]) -> Tile | None:
 def _short_row_tile(hidden: int, itemsize: int, limit: _Limit) -> Tile:
     """A tile of rows that a warp can load at once, or several of them."""
     block = next_power_of_two(hidden)
-    rows = min(_SHORT_ROWS, LANES * _SHORT_ROW_WARPS * _SHORT_ROW_ELEMENTS // block)
+    elements = min(_SHORT_ROW_ELEMENTS, limit.elements)
+    rows = min(_SHORT_ROWS, LANES * _SHORT_ROW_WARPS * elements // block)
     return Tile(rows, block, 1, _SHORT_ROW_WARPS, block == hidden, prefetch=limit.prefetch)
 
 
@@ -171,6 +180,19 @@ _FORWARD = (
 _FORWARD_LONG = (*_FORWARD, _Limit(32, 32))
 _FORWARD_PACKED = (*_FORWARD_LONG, _Limit(32, 64, packed=True))
 
+# Two rows to add are loaded before the first of their sums is made, and the random stream takes registers, too.
+_ADDED = {
+    2: (*_FORWARD, _Limit(32, 32)),
+    4: (
+        _Limit(8, 32, even=True),
+        _Limit(16, 32, even=True),
+        _Limit(8, 56, even=True),
+        _Limit(8, 56),
+        _Limit(16, 40),
+    ),
+}
+_ADDED_NARROW = (_Limit(8, 32, even=True), _Limit(8, 32))
+
 _LOOP_WARPS = 8
 _LOOP_VECTORS = 2
 
@@ -181,15 +203,20 @@ def _loop_tile(hidden: int, itemsize: int) -> Tile:
 
 
 @cache
-def _forward_tile(hidden: int, itemsize: int, vector: int) -> Tile | None:
+def _forward_tile(hidden: int, itemsize: int, vector: int, added: bool) -> Tile | None:
+    if added:
+        return _tile(hidden, itemsize, _ADDED_NARROW if _narrow(itemsize, vector) else _ADDED[itemsize])
     if _narrow(itemsize, vector):
         return _tile(hidden, itemsize, _FORWARD)
     return _tile(hidden, itemsize, _FORWARD_PACKED if itemsize == 2 else _FORWARD_LONG)
 
 
-def forward(rows: int, hidden: int, itemsize: int, vector: int) -> Forward:
-    """How to normalise ``rows`` rows of ``hidden`` elements of ``itemsize`` bytes, known to align to ``vector``."""
-    tile = _forward_tile(hidden, itemsize, vector)
+def forward(rows: int, hidden: int, itemsize: int, vector: int, added: bool = False) -> Forward:
+    """How to normalise ``rows`` rows of ``hidden`` elements of ``itemsize`` bytes, known to align to ``vector``.
+
+    ``added``: they are sums of two rows, and ``itemsize`` is the larger of these and the sum.
+    """
+    tile = _forward_tile(hidden, itemsize, vector, added)
     if tile is None:
         return Forward(_loop_tile(hidden, itemsize), rows, looped=True)
     return Forward(tile, ceil_div(rows, tile.rows), looped=False)
@@ -226,6 +253,28 @@ _SUMS = {
 }
 _SUMS_NARROW = (_Limit(8, 24, even=True, packed=True), _Limit(8, 32, packed=True))
 
+# Where the rows were sums there is one tensor more to hold, or two for a third sum, and the keys of the random stream:
+# fewer warps with more elements each need less for what every thread has.
+_ADDED_SUMS_16_BIT = (
+    _Limit(8, 24, even=True, packed=True, prefetch=True),
+    _Limit(8, 32, even=True, packed=True, prefetch=True),
+    _Limit(8, 32, packed=True, prefetch=True),
+)
+_ADDED_SUMS = {
+    (1, 2): (*_ADDED_SUMS_16_BIT, _Limit(8, 48, packed=True)),
+    (1, 4): (*_SUMS_32_BIT, _Limit(8, 40)),
+    (2, 2): (*_ADDED_SUMS_16_BIT, _Limit(8, 48, packed=True)),
+    (2, 4): _SUMS_32_BIT,
+    (3, 2): (
+        _Limit(8, 24, even=True, packed=True, prefetch=True),
+        _Limit(8, 32, even=True, packed=True),
+        _Limit(8, 24, packed=True),
+    ),
+    (3, 4): (_Limit(8, 16, even=True, prefetch=True), _Limit(8, 24)),
+}
+_ADDED_GRAD_INPUT_NARROW = (_Limit(8, 32, even=True, packed=True), _Limit(8, 32, packed=True))
+_ADDED_SUMS_NARROW = (_Limit(8, 8, even=True, packed=True), _Limit(8, 16, packed=True))
+
 _SPLIT_WARPS = 8
 _SPLIT_VECTORS = 1
 # Programs of a split row carry less, and three of them fit on a multiprocessor.
@@ -235,22 +284,38 @@ _TILES_A_PROGRAM = 2
 
 
 @cache
-def _backward_tile(hidden: int, itemsize: int, vector: int, sums: int) -> Tile | None:
+def _backward_tile(hidden: int, itemsize: int, vector: int, sums: int, added: bool) -> Tile | None:
     narrow = _narrow(itemsize, vector)
     if sums == 0:
-        return _tile(hidden, itemsize, _GRAD_INPUT if narrow else _GRAD_INPUT_LONG[itemsize])
+        limits = _GRAD_INPUT if narrow else _GRAD_INPUT_LONG[itemsize]
+        return _tile(hidden, itemsize, _ADDED_GRAD_INPUT_NARROW if narrow and added else limits)
+    if added:
+        return _tile(hidden, itemsize, _ADDED_SUMS_NARROW if narrow else _ADDED_SUMS[sums, itemsize])
     return _tile(hidden, itemsize, _SUMS_NARROW if narrow else _SUMS[sums, itemsize])
 
 
-def backward(rows: int, hidden: int, itemsize: int, vector: int, sums: int, multiprocessors: int) -> Backward:
-    """How to differentiate, with ``sums`` weight gradients (0 to 2) to add up over the rows."""
-    tile = _backward_tile(hidden, itemsize, vector, sums)
+def backward(
+    rows: int,
+    hidden: int,
+    itemsize: int,
+    vector: int,
+    sums: int,
+    multiprocessors: int,
+    added: bool = False,
+) -> Backward:
+    """How to differentiate, with ``sums`` weight gradients (0 to 3) to add up over the rows.
+
+    ``added``: the rows were sums, and so there may be twice as many gradients of rows, in and out.
+    """
+    tile = _backward_tile(hidden, itemsize, vector, sums, added)
     if tile is not None:
         tiles = ceil_div(rows, tile.rows)
         programs = min(multiprocessors, ceil_div(tiles, _TILES_A_PROGRAM)) if sums else tiles
         return Backward(tile, programs, 1, projection=None)
     block = LANES * _SPLIT_WARPS * (VECTOR_BYTES // itemsize) * _SPLIT_VECTORS
-    tile = Tile(1, block, 1, _SPLIT_WARPS, even=hidden % block == 0, prefetch=vector >= 4)
+    # Three such programs would not fit with the next tile of a sum's gradients loaded ahead.
+    prefetch = vector >= 4 and not added
+    tile = Tile(1, block, 1, _SPLIT_WARPS, even=hidden % block == 0, prefetch=prefetch)
     column_programs = ceil_div(hidden, block)
     row_programs = min(rows, ceil_div(SPLIT_PROGRAMS * multiprocessors, column_programs))
     return Backward(tile, row_programs, column_programs, projection=_loop_tile(hidden, itemsize))

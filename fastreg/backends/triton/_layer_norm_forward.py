@@ -3,6 +3,10 @@
 One program a tile of whole rows, which stay in registers from the only load to the only store: mean first, then the
 variance of the centred values. A row too long for the registers is read twice (to merge the mean and the centred sum of
 squares of each lane, and to normalise): 3 passes over the tensor instead of 2.
+
+With a ``total`` the rows that are normalised are those of a sum: what dropout keeps of the input, and a residual, added
+in fp32 and rounded to the total's dtype. The sum is made in registers in place of the loaded rows, and written once: 4
+passes, or 5 where a long row is read again as the sum that was just written.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastreg.backends.triton._tiles import SIZES, load_chunks, load_parameter, round_to, unpack
+from fastreg.backends.triton._dropout_add_tiles import BRANCH_SIZES, add_branch, load_row_scale
+from fastreg.backends.triton._dropout_tiles import ELEMENTS, load_limit, load_scale
+from fastreg.backends.triton._tiles import load_chunks, load_parameter, round_to, unpack
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=BRANCH_SIZES)
 def normalize_resident(
     input: tl.tensor,
     weight: tl.tensor,
@@ -24,6 +30,18 @@ def normalize_resident(
     hidden_vectors: tl.tensor,
     input_stride: tl.tensor,
     eps: tl.tensor,
+    residual: tl.tensor,
+    row_scale: tl.tensor,
+    layer_scale: tl.tensor,
+    total: tl.tensor,
+    seed: tl.tensor,
+    dynamic_threshold: tl.tensor,
+    threshold: tl.tensor,
+    keep_scale: tl.tensor,
+    residual_stride: tl.tensor,
+    scale_rows: tl.tensor,
+    DRAW: tl.constexpr,
+    KEEPS_TOTAL: tl.constexpr,
     CENTRED: tl.constexpr,
     VECTOR: tl.constexpr,
     ROWS: tl.constexpr,
@@ -32,7 +50,10 @@ def normalize_resident(
     EVEN: tl.constexpr,
     PACKED: tl.constexpr,
 ) -> None:
-    """Normalise a tile of whole rows held in registers."""
+    """Normalise a tile of whole rows held in registers.
+
+    If KEEPS_TOTAL, the sum is written to ``total``; otherwise ``total`` says its dtype, and nothing is added if None.
+    """
     zero = hidden_vectors >> 31
     hidden = hidden_vectors * VECTOR
     if EVEN:
@@ -44,6 +65,36 @@ def normalize_resident(
         row_mask = tl.full([1, 1], True, tl.int1)
     stride = input_stride.to(tl.int64) * VECTOR
     raw = load_chunks(input + row * stride, columns, row_mask, hidden, BLOCK, CHUNKS, EVEN)
+    if total is not None:
+        branches = raw
+        # What there is not, is not read.
+        residuals = raw
+        if residual is not None:
+            stride = residual_stride.to(tl.int64) * VECTOR
+            residuals = load_chunks(residual + row * stride, columns, row_mask, hidden, BLOCK, CHUNKS, EVEN)
+        row_scales = 1.0
+        if row_scale is not None:
+            row_scales = load_row_scale(row_scale, row, rows, scale_rows)
+        key = 0
+        limit = 0
+        if seed is not None:
+            key = tl.load(seed)
+            limit = load_limit(threshold, dynamic_threshold)
+            keep_scale = load_scale(keep_scale, limit, dynamic_threshold, ELEMENTS, True)
+        run = row * (hidden // DRAW) + tl.arange(0, BLOCK // DRAW)[None, :]
+        raw = ()
+        for chunk in tl.static_range(CHUNKS):
+            column = chunk * BLOCK + columns + tl.zeros([ROWS, 1], tl.int32)
+            added = add_branch(
+                *(branches[chunk], residuals[chunk], row_scales, layer_scale, key, limit, keep_scale),
+                *(run + chunk * (BLOCK // DRAW), column, hidden),
+                *(residual is not None, row_scale is not None, seed is not None),
+                *(DRAW, EVEN or chunk < CHUNKS - 1),
+            )
+            raw = raw + (round_to(added, total.dtype.element_ty),)
+            if KEEPS_TOTAL:
+                mask = row_mask if EVEN or chunk < CHUNKS - 1 else row_mask & (column < hidden)
+                tl.store(total + row * hidden + column, raw[chunk], mask=mask)
 
     mean = tl.full([ROWS, 1], 0.0, tl.float32)
     if CENTRED:
@@ -86,7 +137,42 @@ def normalize_resident(
         tl.store(addresses + column, round_to(values, output.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _sum_block(
+    branches: tl.tensor,
+    residuals: tl.tensor,
+    totals: tl.tensor,
+    row_scales: tl.tensor,
+    layer_scale: tl.tensor,
+    key: tl.tensor,
+    limit: tl.tensor,
+    keep_scale: tl.tensor,
+    run: tl.tensor,
+    column: tl.tensor,
+    hidden: tl.tensor,
+    ADDS: tl.constexpr,
+    SCALES: tl.constexpr,
+    DROPS: tl.constexpr,
+    DRAW: tl.constexpr,
+    EVEN: tl.constexpr,
+) -> tl.tensor:
+    """Load, add and store a block of the sum, and return it as it was rounded."""
+    mask = None if EVEN else column < hidden
+    other = None if EVEN else 0.0
+    branch = tl.load(branches + column, mask=mask, other=other, eviction_policy="evict_first")
+    residual = branch
+    if ADDS:
+        residual = tl.load(residuals + column, mask=mask, other=other, eviction_policy="evict_first")
+    added = add_branch(
+        *(branch, residual, row_scales, layer_scale, key, limit, keep_scale, run, column, hidden),
+        *(ADDS, SCALES, DROPS, DRAW, EVEN),
+    )
+    rounded = round_to(added, totals.dtype.element_ty)
+    tl.store(totals + column, rounded, mask=mask)
+    return rounded.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=BRANCH_SIZES)
 def normalize_looped(
     input: tl.tensor,
     weight: tl.tensor,
@@ -97,17 +183,43 @@ def normalize_looped(
     hidden_vectors: tl.tensor,
     input_stride: tl.tensor,
     eps: tl.tensor,
+    residual: tl.tensor,
+    row_scale: tl.tensor,
+    layer_scale: tl.tensor,
+    total: tl.tensor,
+    seed: tl.tensor,
+    dynamic_threshold: tl.tensor,
+    threshold: tl.tensor,
+    keep_scale: tl.tensor,
+    residual_stride: tl.tensor,
+    scale_rows: tl.tensor,
+    DRAW: tl.constexpr,
     CENTRED: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
 ) -> None:
-    """Normalise one row that is too long for the registers, reading it twice."""
+    """Normalise one row that is too long for the registers, reading it twice: then from ``total``, if there is one."""
     hidden = hidden_vectors * VECTOR
     blocks = hidden // BLOCK
     columns = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     addresses = input + row * (input_stride.to(tl.int64) * VECTOR)
+    if total is not None:
+        residuals = addresses
+        if residual is not None:
+            residuals = residual + row * (residual_stride.to(tl.int64) * VECTOR)
+        row_scales = 1.0
+        if row_scale is not None:
+            row_scales = load_row_scale(row_scale, row, rows, scale_rows)
+        key = 0
+        limit = 0
+        if seed is not None:
+            key = tl.load(seed)
+            limit = load_limit(threshold, dynamic_threshold)
+            keep_scale = load_scale(keep_scale, limit, dynamic_threshold, ELEMENTS, True)
+        totals = total + row * hidden
+        run = row * (hidden // DRAW) + tl.arange(0, BLOCK // DRAW)
 
     # Each lane keeps the mean and the centred sum of squares of its own columns (Welford), which never cancels; the
     # number of columns is the same for all lanes, save those of a last, partial block.
@@ -115,7 +227,14 @@ def normalize_looped(
     means = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     for block in range(0, blocks):
-        values = tl.load(addresses + block * BLOCK + columns).to(tl.float32)
+        if total is None:
+            values = tl.load(addresses + block * BLOCK + columns).to(tl.float32)
+        else:
+            values = _sum_block(
+                *(addresses, residuals, totals, row_scales, layer_scale, key, limit, keep_scale),
+                *(run + block * (BLOCK // DRAW), block * BLOCK + columns, hidden),
+                *(residual is not None, row_scale is not None, seed is not None, DRAW, True),
+            )
         if CENTRED:
             count += 1.0
             from_mean = values - means
@@ -126,7 +245,14 @@ def normalize_looped(
     counts = count + tl.zeros([BLOCK], tl.float32)
     if not EVEN:
         mask = blocks * BLOCK + columns < hidden
-        values = tl.load(addresses + blocks * BLOCK + columns, mask=mask, other=0.0).to(tl.float32)
+        if total is None:
+            values = tl.load(addresses + blocks * BLOCK + columns, mask=mask, other=0.0).to(tl.float32)
+        else:
+            values = _sum_block(
+                *(addresses, residuals, totals, row_scales, layer_scale, key, limit, keep_scale),
+                *(run + blocks * (BLOCK // DRAW), blocks * BLOCK + columns, hidden),
+                *(residual is not None, row_scale is not None, seed is not None, DRAW, False),
+            )
         if CENTRED:
             from_mean = tl.where(mask, values - means, 0.0)
             counts += tl.where(mask, 1.0, 0.0)
@@ -145,6 +271,10 @@ def normalize_looped(
     else:
         tl.store(statistics + row, rstd)
 
+    if total is not None:
+        # Another thread's part of the sum is written by now.
+        tl.debug_barrier()
+        addresses = totals
     # Last block first: it is the one that is still in the cache.
     results = output + row * hidden
     if not EVEN:
