@@ -40,7 +40,7 @@ _OURS = frozenset(
     (
         *_REPLACEMENTS.values(),
         *(nn.BatchNormAct2d, SyncBatchNormAct2d, nn.GroupNormAct),
-        *(nn.DropPath, nn.DropoutAdd),
+        *(nn.DropPath, nn.DropoutAdd, nn.DropoutAddLayerNorm, nn.DropoutAddRMSNorm),
         *(nn.DropBlock2d, nn.DropBlock3d),
     )
 )
@@ -158,11 +158,12 @@ def convert(
 
     With ``fuse=True`` a batch norm runs in one kernel with the addition and the activation behind it, a group or
     instance norm with the activation behind it, and a ``Dropout``, ``DropPath`` or ``StochasticDepth`` with the
-    addition behind it, wherever ``torch.fx`` shows them. The module whose forward calls them gets a class derived from
-    its own, with a new forward; the layer, the activation and all names stay. A hook that is registered later on the
-    layer or the activation, an argument that is not a tensor, a residual of another shape or (for a norm) dtype, or a
-    dropout that drops nothing is noticed in the call, which then runs what the model has; a forward that does what a
-    graph does not show (a ``with`` block, say) is not touched. Revert such a model before ``torch.jit.script``.
+    addition behind it and a layer or RMS norm of the sum, wherever ``torch.fx`` shows them. The module whose forward
+    calls them gets a class derived from its own, with a new forward; the layer, the activation and all names stay. A
+    hook that is registered later on the layer or the activation, an argument that is not a tensor, a residual of
+    another shape or (for a norm) dtype, or a dropout that drops nothing is noticed in the call, which then runs what
+    the model has; a forward that does what a graph does not show (a ``with`` block, say) is not touched. Revert such a
+    model before ``torch.jit.script``.
 
     Args:
         model: any module; it may itself be a layer that is replaced.
@@ -171,7 +172,8 @@ def convert(
             several.
         exclude: what to leave alone, likewise; it wins over ``include``. With ``fuse`` also activations, and modules
             whose forward is to stay.
-        fuse: also merge norm + activation, norm + add, norm + add + activation, dropout + add and drop path + add.
+        fuse: also merge norm + activation, norm + add, norm + add + activation, and dropout or drop path + add, also
+            with a norm of the sum.
         sync: make every batch norm, torch's and fastreg's, a ``fastreg.nn.SyncBatchNorm``.
         process_group: with ``sync``, whose processes share their statistics; None: all of them.
 

@@ -17,7 +17,16 @@ from fastreg import backends, functional
 from fastreg.cli import benchmark, gate, measure, timing, workloads
 from fastreg.cli.providers import EAGER, Provider
 from fastreg.cli.saved import saved_bytes
-from fastreg.cli.workloads import BACKWARD, BOTH, FORWARD, Case, Problem, drop_block, dropout
+from fastreg.cli.workloads import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Case,
+    Problem,
+    drop_block,
+    dropout,
+    dropout_add_layer_norm,
+)
 from masks import keep_blocks, keep_elements, keep_units
 
 pytestmark = pytest.mark.backend_independent
@@ -31,6 +40,9 @@ CASES = [
     Case("drop_block", (4, 9, 14, 14), torch.float32, "channels_last"),
     Case("drop_block", (16, 9, 14, 14), torch.bfloat16, "contiguous", "shared"),
     Case("drop_block", (2, 9, 9, 8, 10), torch.float32, "contiguous"),
+    Case("dropout_add_layer_norm", (64, 129), torch.float32),
+    Case("dropout_add_layer_norm", (5, 40, 96), torch.bfloat16),
+    Case("dropout_add_rms_norm", (300, 65), torch.bfloat16),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -90,6 +102,17 @@ def test_our_masks_are_those_that_python_draws() -> None:
         assert torch.equal(torch.cat(zeros["output"]), ~kept)
 
 
+def test_a_gradient_that_is_zero_by_chance_does_not_hide_what_was_kept() -> None:
+    problem = CASES[8].problem(CPU)
+    results = problem.results(problem.torch_function)
+    kept = results["grad_input"] != 0
+    for mask in (kept, ~kept):
+        for index in mask.nonzero()[:3].tolist():
+            for name in ("grad_input", "grad_residual"):
+                results[name][tuple(index)] = 0.0
+    assert torch.equal(dropout_add_layer_norm._kept_by(results, problem.arguments, True), kept)
+
+
 class _Apart(torch.autograd.Function):
     """Backward with a mask of its own."""
 
@@ -116,6 +139,15 @@ def _grown(gamma: float, block: int, shape: tuple[int, ...]) -> Callable[[torch.
     return function
 
 
+def _normed(dropout: Callable[..., torch.Tensor], eps: float = 1e-5) -> Callable[..., torch.Tensor]:
+    """A layer norm of a sum with that dropout."""
+
+    def function(input: torch.Tensor, residual: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(residual + dropout(input, 0.5), input.shape[-1:], *parameters, eps=eps)
+
+    return function
+
+
 @pytest.mark.parametrize(
     ("case", "function", "text"),
     [
@@ -130,6 +162,10 @@ def _grown(gamma: float, block: int, shape: tuple[int, ...]) -> Callable[[torch.
         (CASES[5], _grown(0.05, 7, (4, 9, 14, 14)), "is not made of whole blocks"),
         (CASES[6], _grown(0.1, 7, (16, 1, 14, 14)), "is dropped where 0.2"),
         (CASES[6], _grown(0.0031, 7, (16, 9, 14, 14)), "is off by"),
+        (CASES[8], _normed(F.dropout), "is dropped where 0.1 was expected"),
+        (CASES[8], _normed(lambda input, _: input * (torch.rand_like(input) > 0.1)), "is off by"),
+        (CASES[8], _normed(lambda input, _: F.dropout(input, 0.1), eps=0.1), "is off by"),
+        (CASES[10], _normed(lambda input, _: F.dropout(input, 0.1)), "is off by"),
     ],
     ids=[
         *(
@@ -142,6 +178,7 @@ def _grown(gamma: float, block: int, shape: tuple[int, ...]) -> Callable[[torch.
             "elements of channels",
         ),
         *("elements of blocks", "blocks at the border", "gamma", "not shared"),
+        *("rate before a norm", "scale before a norm", "eps", "another norm"),
     ],
 )
 def test_the_gate_refuses_another_function(case: Case, function: Any, text: str) -> None:
@@ -274,7 +311,8 @@ def test_the_grids_of_the_random_ops() -> None:
         # Three tensors and as many gradients for each of six providers.
         assert max(math.prod(shape) for shape, _, _ in module.GRID["cpu"]) * 4 * 6 * 6 < 2e9
     assert {math.prod(shape) for shape, _, _ in dropout.GRID["cuda"]} == {2**26}
-    assert sum(len(benchmark.cases(op, "cuda")) for op in ("dropout", "drop_block")) <= 26
+    ops = ("dropout", "drop_block", "dropout_add_layer_norm", "dropout_add_rms_norm")
+    assert sum(len(benchmark.cases(op, "cuda")) for op in ops) <= 34
     stages = {(shape[1], shape[2]) for shape, _, _ in (*drop_block.GRID["cpu"], *drop_block.GRID["cuda"])}
     assert stages <= set(drop_block.RESNET_50)
 
@@ -292,8 +330,12 @@ def test_we_keep_a_seed_and_no_mask(case: Case) -> None:
     problem = case.problem(CPU)
     with backends.use("reference"):
         kept = saved_bytes(lambda: problem.forward(problem.fastreg_function), problem.arguments.values())
-    # DropBlock's scale beside it.
-    assert kept == (16 if case.op == "drop_block" else 8)
+    # Beside it DropBlock's scale, or the sum and its statistics.
+    beside = 8 if case.op == "drop_block" else 0
+    if case.op.startswith("dropout_add"):
+        rows = problem.input.numel() // case.shape[-1]
+        beside = problem.input.nbytes + 4 * rows * (2 if case.op.endswith("layer_norm") else 1)
+    assert kept == 8 + beside
     eager = saved_bytes(lambda: problem.forward(problem.torch_function), problem.arguments.values())
     assert eager > kept
     if case.op == "dropout" and case.chain in ("", "add"):

@@ -111,9 +111,10 @@ def make(libraries: dict[str, Any]) -> nn.Module:
 
 
 FUSED = {
-    "0.dropout": "dropout + add",
+    "0.dropout": "dropout + add + norm",
     "0.mlp.4": "dropout + add",
-    **{f"{block}.drop_path{place}": "drop path + add" for block in (1, 2) for place in (1, 2)},
+    **{f"{block}.drop_path1": "drop path + add + norm" for block in (1, 2)},
+    **{f"{block}.drop_path2": "drop path + add" for block in (1, 2)},
     "3.stochastic_depth": "drop path + add",
 }
 X = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -180,8 +181,10 @@ def test_the_report_says_it_and_is_silent_about_other_dropouts(libraries: dict[s
     assert report.alone == []
     text = str(report)
     assert "7 fused with what follows" in text
-    assert "2 x dropout + add in one kernel: " in text
-    assert "5 x drop path + add in one kernel: " in text
+    assert "1 x dropout + add in one kernel: 0.mlp.4" in text
+    assert "1 x dropout + add + norm in one kernel: 0.dropout" in text
+    assert "3 x drop path + add in one kernel: " in text
+    assert "2 x drop path + add + norm in one kernel: " in text
 
 
 def test_copies_stay_fused(libraries: dict[str, Any]) -> None:

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.backend_independent
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fastreg"
-OPS = [spec.name for spec in SPECS] + ["drop_block", "dropout"]
+DROPOUT_ADD_NORMS = ["dropout_add_layer_norm", "dropout_add_rms_norm"]
+OPS = [spec.name for spec in SPECS] + ["drop_block", "dropout", *DROPOUT_ADD_NORMS]
 FUNCTIONS = list(fastreg.functional.__all__)
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_op = pytest.mark.parametrize("op", OPS)
@@ -176,6 +177,7 @@ def test_every_public_function_is_in_the_suite() -> None:
             ["instance_norm_fwd"],
             ["dropout_fwd", "dropout_inplace", "dropout_bwd"],
             ["drop_block_mask", "drop_block_apply", "drop_block_inplace"],
+            *([f"{op}_fwd", f"{op}_bwd"] for op in DROPOUT_ADD_NORMS),
         ]
     )
     assert sum(len(operators_of(op)) for op in OPS) == len(_library.OPERATORS)

@@ -14,12 +14,15 @@ from bench.gpu.process import run
 from bench.gpu.stage import Outcome, Settings, one_line, table, write_log
 from bench.gpu.suite import environment
 
-# The ops, and seconds for the rounds of a case, of which there are 36, 120, 116 and 26.
+# The ops, and seconds for the rounds of a case, of which there are 36, 120, 116 and 34.
 STAGES = {
     "bench": (("layer_norm", "rms_norm"), 0.5),
     "bench_batch_norm": (("batch_norm",), 0.2),
     "bench_group_norm": (("group_norm", "instance_norm"), 0.2),
-    "bench_dropout": (("dropout", "drop_block"), 0.3),
+    "bench_dropout": (
+        ("dropout", "drop_block", "dropout_add_layer_norm", "dropout_add_rms_norm"),
+        0.3,
+    ),
 }
 _REHEARSED_SECONDS = 0.1
 # For the host's cost after the cases, and for the process to end.

@@ -22,7 +22,7 @@ from bench.gpu.build import ROOT
 sys.path.insert(0, str(ROOT / "tests"))
 
 import suite
-from bench.gpu import mask_shapes
+from bench.gpu import mask_shapes, sum_norm_shapes
 from cases import Case, Mix, Size
 from channel_norms import BATCH_NORM
 from criterion import Rejected, check
@@ -198,8 +198,9 @@ def everything(device: str) -> Iterator[tuple[str, Callable[[], None]]]:
     ):
         for name, case, shape in cases(spec, chosen):
             yield name, partial(run, spec, case, shape.aligned, device)
-    for name, run_mask, aligned in mask_shapes.cases(rehearsal=device == "cpu"):
-        yield name, partial(run_mask, partial(copied, device=device, aligned=aligned))
+    for part in (mask_shapes, sum_norm_shapes):
+        for name, run_case, aligned in part.cases(rehearsal=device == "cpu"):
+            yield name, partial(run_case, partial(copied, device=device, aligned=aligned))
 
 
 def main() -> int:

@@ -40,6 +40,8 @@ _COMPILED = {
     "instance_norm": ((4, 64, 128, 128), (2, 64, 32, 32, 32)),
     "dropout": ((2**16, 1024), (256, 256, 1024)),
     "drop_block": ((256, 1024, 14, 14),),
+    "dropout_add_layer_norm": ((2**16, 1024),),
+    "dropout_add_rms_norm": ((2**16, 1024),),
 }
 
 

@@ -1,4 +1,4 @@
-"""Norms and dropouts with the additions and activations behind them in one kernel, where ``torch.fx`` shows them."""
+"""Norms and dropouts in one kernel with the additions, activations and norms behind them, where torch.fx shows it."""
 
 from __future__ import annotations
 
@@ -149,6 +149,9 @@ class _Fusion:
                     self.found.fused[self.layers[path[-1]]] = chain.what
                     self.useful |= set(path)
                     rewritten += 1
+            for call, norm in patterns.find_norms_of_sums(module, picture.graph, self.may_fuse):
+                self.found.fused[self.layers[patterns.layer_of(module, call)]] += " + norm"
+                patterns.rewrite_norm_of_sum(picture.graph, call, norm)
         if rewritten:
             _take(module, plan_of(*pictures))
         return None

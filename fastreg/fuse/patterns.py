@@ -1,4 +1,4 @@
-"""Norm + activation, norm + add, norm + add + activation and dropout + add in a graph of ``torch.fx``.
+"""Norm + activation, norm + add, norm + add + activation, dropout + add and dropout + add + norm in a torch.fx graph.
 
 They are found, and each is put into one call.
 """
@@ -130,6 +130,55 @@ def rewrite(graph: torch.fx.Graph, chain: Chain) -> None:
         graph.erase_node(node)
 
 
+def find_norms_of_sums(
+    module: torch.nn.Module, graph: torch.fx.Graph, may_fuse: Callable[[torch.nn.Module], bool]
+) -> list[tuple[torch.fx.Node, torch.fx.Node]]:
+    """The calls of dropout + add, rewritten before, whose sum a norm of rows reads; each with the norm's node."""
+    found = []
+    for node in graph.nodes:
+        if node.target is not _fused.then or "residual" not in node.kwargs:
+            continue
+        fusion = _fused.fusion_of(layer_of(module, node))
+        if fusion is None or fusion.branch is None:
+            continue
+        norm = next((user for user in node.users if _is_norm_of(module, user, node, may_fuse)), None)
+        if norm is not None and not _written_between(module, graph, node, norm):
+            found.append((node, norm))
+    return found
+
+
+def layer_of(module: torch.nn.Module, call: torch.fx.Node) -> torch.nn.Module:
+    """The norm or dropout of a call of ``then``."""
+    # Its first argument is the node of a reference to it.
+    layer: Any = call.args[0]
+    return last_in(module.get_submodule(layer.target))
+
+
+def rewrite_norm_of_sum(graph: torch.fx.Graph, call: torch.fx.Node, norm: torch.fx.Node) -> None:
+    """Put one call of ``then_norm`` in the place of a call of ``then`` and of the norm of its sum."""
+    with graph.inserting_before(call):
+        reference = graph.create_node("get_attr", str(norm.target))
+        both = graph.call_function(_fused.then_norm, (*call.args, reference), dict(call.kwargs))
+        total = graph.call_function(operator.getitem, (both, 0))
+        output = graph.call_function(operator.getitem, (both, 1))
+    norm.replace_all_uses_with(output)
+    graph.erase_node(norm)
+    call.replace_all_uses_with(total)
+    graph.erase_node(call)
+
+
+def _is_norm_of(
+    module: torch.nn.Module,
+    node: torch.fx.Node,
+    total: torch.fx.Node,
+    may_fuse: Callable[[torch.nn.Module], bool],
+) -> bool:
+    if node.op != "call_module" or node.args != (total,) or node.kwargs:
+        return False
+    child = module.get_submodule(str(node.target))
+    return _fused.is_norm_of_rows(child) and may_fuse(child) and not _fused.observed(child)
+
+
 def _chain(
     module: torch.nn.Module,
     graph: torch.fx.Graph,
@@ -249,6 +298,26 @@ def _may_change(
             return True
         if any(each in shared for each in node.all_input_nodes) and not _is_fresh(module, node):
             if passed and _may_write(module, node):
+                return True
+            shared.add(node)
+    return False
+
+
+def _written_between(
+    module: torch.nn.Module, graph: torch.fx.Graph, total: torch.fx.Node, norm: torch.fx.Node
+) -> bool:
+    """Whether anything between a sum and its norm could write into the sum.
+
+    The norm is to run where the sum is made.
+    """
+    shared: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        if node is norm:
+            return False
+        if node is total:
+            shared.add(node)
+        elif any(each in shared for each in node.all_input_nodes) and not _is_fresh(module, node):
+            if _may_write(module, node):
                 return True
             shared.add(node)
     return False

@@ -1,7 +1,8 @@
 """A norm or a dropout and what follows it, in one kernel where nobody looks in between; otherwise one after the other.
 
-``fastreg.fuse`` rewrites models to call ``then`` and ``in_order``. Both look at the modules anew in every call, so a
-hook that is registered later sees what it would have seen, and a module that is replaced later is the one that runs.
+``fastreg.fuse`` rewrites models to call ``then``, ``then_norm`` and ``in_order``. They look at the modules anew in each
+call, so a hook that is registered later sees what it would have seen, and a module that is replaced later is the one
+that runs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_n
 from fastreg.nn.dropout import Dropout, DropPath
 from fastreg.nn.group_norm import GroupNorm, group_norm_of
 from fastreg.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, instance_norm_of
+from fastreg.nn.layer_norm import LayerNorm
+from fastreg.nn.rms_norm import RMSNorm
 from fastreg.nn.sync_batch_norm import SyncBatchNorm, sync_batch_norm_of
 from fastreg.ops.dropout import dropout_add
+from fastreg.ops.dropout_add_layer_norm import dropout_add_layer_norm
+from fastreg.ops.dropout_add_rms_norm import dropout_add_rms_norm
 
 # (layer, input, residual, activation's name, negative slope) to the output; NotImplemented leaves this call to torch.
 Kernel = Callable[[Any, torch.Tensor, torch.Tensor | None, str | None, float], Any]
+# (norm, input, residual, options of dropout_add_layer_norm) to the output and the sum.
+NormKernel = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Fusion:
         adds: whether an addition is among what the kernel computes.
         activates: whether an activation is. A norm's kernel computes it, a dropout's does not.
         name: of such layers, in reports.
+        branch: of a dropout, what it does to its input as options of ``dropout_add_layer_norm``, by (layer, input).
     """
 
     kernel: Kernel
@@ -43,20 +51,31 @@ class Fusion:
     adds: bool = True
     activates: bool = True
     name: str = "norm"
+    branch: Callable[[Any, torch.Tensor], dict[str, Any]] | None = None
 
 
-def with_addition(add: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor], name: str) -> Fusion:
-    """How dropouts are fused with the addition behind them.
+def with_addition(
+    add: Callable[..., torch.Tensor],
+    name: str,
+    branch: Callable[[Any, torch.Tensor], dict[str, Any]] | None = None,
+) -> Fusion:
+    """How dropouts are fused with the addition behind them, and with a norm of the sum.
 
     Args:
         add: what computes a layer, of (layer, input, residual); asked only in calls where something is dropped.
         name: of such layers, in reports.
+        branch: as in ``Fusion``; if not given, the layer drops samples: without a residual, ``add`` of a one for each
+            is what they are multiplied by.
     """
+
+    def samples(layer: Any, input: torch.Tensor) -> dict[str, Any]:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        return {"p": 0.0, "row_scale": add(layer, input.new_ones(input.shape[0], dtype=dtype))}
 
     def kernel(layer: Any, input: torch.Tensor, residual: torch.Tensor | None, *_: Any) -> Any:
         return add(layer, input, residual) if residual is not None and _drops(layer) else NotImplemented
 
-    return Fusion(kernel, _keeps_its_input, activates=False, name=name)
+    return Fusion(kernel, _keeps_its_input, activates=False, name=name, branch=branch or samples)
 
 
 def _drops(layer: Any) -> bool:
@@ -78,14 +97,33 @@ _FUSIONS: dict[type[torch.nn.Module], Fusion] = {
     SyncBatchNorm: Fusion(sync_batch_norm_of),
     GroupNorm: Fusion(group_norm_of, adds=False),
     **dict.fromkeys((InstanceNorm1d, InstanceNorm2d, InstanceNorm3d), Fusion(instance_norm_of, adds=False)),
-    Dropout: with_addition(_dropout_add, "dropout"),
+    Dropout: with_addition(_dropout_add, "dropout", lambda layer, _: {"p": layer.p}),
     DropPath: with_addition(DropPath.forward, "drop path"),
 }
 
 
-def register(layer: type[torch.nn.Module], fusion: Fusion) -> None:
-    """Let layers of exactly this type be fused with what follows."""
-    _FUSIONS[layer] = fusion
+def layer_norm_of_sum(norm: Any, input: torch.Tensor, residual: torch.Tensor, **branch: Any) -> Any:
+    """Dropout, addition and a layer norm of the sum, with the sum."""
+    parameters = (norm.normalized_shape, norm.weight, norm.bias)
+    return dropout_add_layer_norm(input, residual, *parameters, eps=norm.eps, prenorm=True, **branch)
+
+
+def rms_norm_of_sum(norm: Any, input: torch.Tensor, residual: torch.Tensor, **branch: Any) -> Any:
+    """Dropout, addition and an RMS norm of the sum, with the sum."""
+    parameters = (norm.normalized_shape, norm.weight)
+    return dropout_add_rms_norm(input, residual, *parameters, eps=norm.eps, prenorm=True, **branch)
+
+
+# The norms of rows, which are fused with what is in front of them.
+_NORMS: dict[type[torch.nn.Module], NormKernel] = {LayerNorm: layer_norm_of_sum, RMSNorm: rms_norm_of_sum}
+
+
+def register(layer: type[torch.nn.Module], fusion: Fusion | NormKernel) -> None:
+    """Let layers of exactly this type be fused with what follows, or, being norms of rows, with what is before them."""
+    if isinstance(fusion, Fusion):
+        _FUSIONS[layer] = fusion
+    else:
+        _NORMS[layer] = fusion
 
 
 def fusion_of(module: torch.nn.Module) -> Fusion | None:
@@ -135,11 +173,7 @@ def then(
         between: a ``torch.nn.Identity``, or None.
         in_place: whether the model adds the residual with ``+=``, which keeps the dtype of what it is added to.
     """
-    while is_sequence(module) and not observed(module):
-        layers = list(module._modules.values())
-        if not layers:
-            break
-        input, module = _run(layers[:-1], input), layers[-1]  # type: ignore[assignment]
+    module, input = _last(module, input)
     fusion = fusion_of(module)
     if (
         fusion is not None
@@ -158,6 +192,62 @@ def then(
             if output is not NotImplemented:
                 return output  # type: ignore[no-any-return]
     return _one_after_the_other(module, input, residual, activation, negative_slope, between, in_place)
+
+
+def then_norm(
+    module: torch.nn.Module,
+    input: torch.Tensor,
+    norm: torch.nn.Module,
+    residual: torch.Tensor,
+    between: torch.nn.Module | None = None,
+    in_place: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``sum = between(module(input)) + residual`` and ``norm(sum)``; the arguments are those of ``then``.
+
+    Args:
+        module: a dropout, or a sequence that ends in one.
+        norm: of rows.
+    """
+    module, input = _last(module, input)
+    fusion, kernel = fusion_of(module), _NORMS.get(type(norm))
+    if (
+        fusion is not None
+        and fusion.branch is not None
+        and kernel is not None
+        and _fits(input, residual, fusion, in_place)
+        and _drops(module)
+        and _norm_fits(input, residual, norm)
+        and not (observed(module) or observed(norm))
+        and _is_nothing(between)
+    ):
+        output, total = kernel(norm, input, residual, **fusion.branch(module, input))
+        return total, output
+    total = then(module, input, residual, between=between, in_place=in_place)
+    return total, norm(total)
+
+
+def _last(module: torch.nn.Module, input: torch.Tensor) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The last layer of a sequence, and the input that the layers before it make for it."""
+    while is_sequence(module) and not observed(module):
+        layers = list(module._modules.values())
+        if not layers:
+            break
+        input, module = _run(layers[:-1], input), layers[-1]  # type: ignore[assignment]
+    return module, input
+
+
+def _norm_fits(input: torch.Tensor, residual: torch.Tensor, norm: Any) -> bool:
+    """Whether the norm of the sum has the dtype that it has in torch, and the mask is the one of dropout alone."""
+    ndim = len(norm.normalized_shape)
+    return (
+        residual.dtype == input.dtype
+        # Elements are counted in memory by the dropout, row by row by the norm.
+        and input.is_contiguous()
+        and input.dim() > ndim
+        and input.shape[input.dim() - ndim :] == tuple(norm.normalized_shape)
+        # There the norm of a narrow sum is wide.
+        and not (input.is_cuda and torch.is_autocast_enabled("cuda"))
+    )
 
 
 def in_order(self: torch.nn.Sequential, input: torch.Tensor) -> torch.Tensor:
@@ -183,6 +273,11 @@ def fusion_at_end(module: torch.nn.Module) -> Fusion | None:
     while is_sequence(module) and len(module._modules) > 0:
         module = list(module._modules.values())[-1]  # type: ignore[assignment]
     return fusion_of(module)
+
+
+def is_norm_of_rows(module: torch.nn.Module) -> bool:
+    """Whether this is a norm that is fused with a dropout and an addition before it."""
+    return type(module) in _NORMS
 
 
 def ends_in_norm(module: torch.nn.Module) -> bool:

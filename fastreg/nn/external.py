@@ -143,8 +143,8 @@ def _timm_drop_path(self: Any, x: torch.Tensor, residual: torch.Tensor | None = 
     return drop_path(*(x, self.drop_prob, self.training), scale_by_keep=self.scale_by_keep, residual=residual)
 
 
-# How the layers below are fused with what follows.
-_FUSIONS: dict[str, _fused.Fusion] = {
+# How the layers below are fused with what follows, and the norms of rows with what is before them.
+_FUSIONS: dict[str, _fused.Fusion | _fused.NormKernel] = {
     "TorchvisionFrozenBatchNorm2d": _fused.Fusion(_frozen_batch_norm),
     "TimmBatchNormAct2d": _fused.Fusion(batch_norm_of, _is_only_a_norm),
     "TimmSyncBatchNormAct": _fused.Fusion(sync_batch_norm_of, _is_only_a_norm),
@@ -155,6 +155,8 @@ _FUSIONS: dict[str, _fused.Fusion] = {
     ),
     "TorchvisionStochasticDepth": _fused.with_addition(_stochastic_depth, "drop path"),
     "TimmDropPath": _fused.with_addition(_timm_drop_path, "drop path"),
+    "TimmLayerNorm": _fused.layer_norm_of_sum,
+    "TimmRmsNorm": _fused.rms_norm_of_sum,
 }
 
 # The layers below that are of the dropout family -> what their libraries call the rate.

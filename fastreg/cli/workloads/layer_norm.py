@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -30,7 +31,7 @@ PEERS = ("liger",)
 CHECKS = points(((3, 1), (1, 17), (7, 127), (65, 257), (300, 768), (33, 1000), (2, 8193), (3, 65536)))
 
 # A stretch of rows in float64 that stays in a CPU's last cache level.
-_STRETCH = 2**19
+STRETCH = 2**19
 
 
 def bytes_moved(
@@ -125,30 +126,66 @@ def exact_results(
         rows, hidden_size = grad_output.shape
         weight = arguments["weight"].double()
         bias = arguments["bias"].double() if centred else torch.zeros_like(weight)
-        sums = [torch.zeros_like(weight) for _ in range(4)]
-        step = max(1, stretch(grad_output.device, _STRETCH) // hidden_size)
+        sums = torch.zeros(4, hidden_size, dtype=torch.float64, device=weight.device)
+        step = max(1, stretch(grad_output.device, STRETCH) // hidden_size)
         for start in range(0, rows, step):
             part = slice(start, start + step)
             x, dy = arguments["input"][part].double(), grad_output[part].double()
-            mean = x.mean(1, keepdim=True) if centred else torch.zeros_like(x[:, :1])
-            rstd = ((x - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
-            normalized, normalized_terms = (x - mean) * rstd, (x.abs() + mean.abs()) * rstd
-            yield Exact(
-                "output", normalized * weight + bias, normalized_terms * weight.abs() + bias.abs(), (part,)
-            )
-            scaled = dy * weight
-            projection = (scaled * normalized).mean(1, keepdim=True)
-            value, terms = scaled - normalized * projection, scaled.abs()
-            terms = terms + normalized_terms * (terms * normalized_terms).mean(1, keepdim=True)
-            if centred:
-                value, terms = (
-                    value - scaled.mean(1, keepdim=True),
-                    terms + scaled.abs().mean(1, keepdim=True),
-                )
-            yield Exact("grad_input", rstd * value, rstd * terms, (part,))
-            added = (dy * normalized, dy.abs() * normalized_terms, dy, dy.abs())
-            for total, values in zip(sums, added, strict=True):
-                total += values.sum(0)
+            found = exact_rows(x, x.abs(), dy, weight, bias, centred)
+            yield Exact("output", *found.output, (part,))
+            yield Exact("grad_input", *found.grad_input, (part,))
+            sums += found.sums
         yield Exact("grad_weight", sums[0], sums[1])
         if centred:
             yield Exact("grad_bias", sums[2], sums[3])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a norm makes of some rows, in float64: values, each with the sums of absolute terms behind it.
+
+    Attributes:
+        mean, rstd, normalized, normalized_terms, projection: on the way to the others.
+        sums: over the rows, of grad_weight and its terms, and of grad_bias and its terms.
+    """
+
+    mean: torch.Tensor
+    rstd: torch.Tensor
+    normalized: torch.Tensor
+    normalized_terms: torch.Tensor
+    projection: torch.Tensor
+    output: tuple[torch.Tensor, torch.Tensor]
+    grad_input: tuple[torch.Tensor, torch.Tensor]
+    sums: torch.Tensor
+
+
+def exact_rows(
+    x: torch.Tensor,
+    x_terms: torch.Tensor,
+    dy: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    centred: bool,
+) -> Rows:
+    """Layer norm of rows in float64, or RMS norm, forward and backward.
+
+    Args:
+        x_terms: the sums of absolute terms that x is made of.
+    """
+    mean = x.mean(1, keepdim=True) if centred else torch.zeros_like(x[:, :1])
+    rstd = ((x - mean).square().mean(1, keepdim=True) + EPS).rsqrt()
+    normalized, normalized_terms = (x - mean) * rstd, (x_terms + mean.abs()) * rstd
+    scaled = dy * weight
+    projection = (scaled * normalized).mean(1, keepdim=True)
+    value, terms = scaled - normalized * projection, scaled.abs()
+    terms = terms + normalized_terms * (terms * normalized_terms).mean(1, keepdim=True)
+    if centred:
+        value, terms = value - scaled.mean(1, keepdim=True), terms + scaled.abs().mean(1, keepdim=True)
+    return Rows(
+        *(mean, rstd, normalized, normalized_terms, projection),
+        output=(normalized * weight + bias, normalized_terms * weight.abs() + bias.abs()),
+        grad_input=(rstd * value, rstd * terms),
+        sums=torch.stack(
+            [each.sum(0) for each in (dy * normalized, dy.abs() * normalized_terms, dy, dy.abs())]
+        ),
+    )
