@@ -289,9 +289,7 @@ def test_digits_are_split_by_writer_and_standardised() -> None:
 
 def fake_training(loss: float, accuracy: float, gradient: float = 1e-6) -> training.Training:
     """A training of one epoch in which the two models are so far apart."""
-    epoch = training.Epoch(
-        1, {PLAIN: 1.0, CONVERTED: 1 + loss}, {PLAIN: 0.9, CONVERTED: 0.9 + accuracy}, loss
-    )
+    epoch = training.Epoch(1, {PLAIN: 1.0, CONVERTED: 1 + loss}, {PLAIN: 0.9, CONVERTED: 0.9 + accuracy})
     return training.Training({}, fastreg.convert(torch.nn.Linear(1, 1)), [epoch], {PLAIN: [1.0]}, gradient)
 
 

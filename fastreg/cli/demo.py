@@ -152,7 +152,7 @@ def _train(
         "epoch",
         "loss, plain",
         "loss, converted",
-        "largest difference",
+        "difference",
         "accuracy, plain",
         "accuracy, converted",
     ):
@@ -162,13 +162,14 @@ def _train(
     for epoch in training.train(trained, settings, digits, lambda: progress.advance(task)):
         losses = [f"{epoch.loss[name]:.5f}" for name in NAMES]
         accuracies = [f"{100 * epoch.accuracy[name]:.1f} %" for name in NAMES]
-        table.add_row(str(epoch.number), *losses, f"{epoch.largest_difference:.1e}", *accuracies)
+        table.add_row(str(epoch.number), *losses, f"{epoch.loss_difference:.1e}", *accuracies)
         progress.update(task, description=f"training, loss {losses[0]} and {losses[1]}")
     progress.remove_task(task)
     console.print(table)
     console.print(
-        f"first step's gradients differ by {trained.gradient_difference:.1e} of their largest value, the losses of "
-        f"{len(trained.step_seconds[PLAIN])} steps by at most {trained.loss_difference:.1e}",
+        f"with nothing dropped the first gradients differ by {trained.gradient_difference:.1e} of their largest value; "
+        f"after {len(trained.step_seconds[PLAIN])} steps with masks of their own the losses by "
+        f"{trained.loss_difference:.1e}",
         highlight=False,
     )
     medians = {name: 1e3 * timing.Distribution.of(trained.step_seconds[name]).median for name in NAMES}

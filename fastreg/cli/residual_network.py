@@ -1,7 +1,7 @@
 """A small residual network in plain PyTorch, for images of any size.
 
 He et al., "Deep Residual Learning for Image Recognition", 2016: 3 x 3 convolutions with batch norm, a shortcut around
-every two, and an average over the whole image before the last layer.
+every two, and an average over the whole image before the last layer, in front of which elements are dropped.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ class ResidualNetwork(nn.Module):
         width: channels of the first stage; each of the two that follow has twice as many at half the size.
         depth: blocks in each stage.
         classes: the number of outputs.
+        dropout: the rate of the last layer's dropout.
     """
 
-    def __init__(self, channels: int = 1, width: int = 16, depth: int = 1, classes: int = 10) -> None:
+    def __init__(
+        self, channels: int = 1, width: int = 16, depth: int = 1, classes: int = 10, dropout: float = 0.1
+    ) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
@@ -61,7 +64,7 @@ class ResidualNetwork(nn.Module):
                 for before, after in zip([width, *widths], widths, strict=False)
             )
         )
-        self.head = nn.Linear(widths[-1], classes)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(widths[-1], classes))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of images (batch, channels, height, width)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,7 @@ from fastreg.convert import Report
 PLAIN, CONVERTED = NAMES = ("plain", "converted")
 VISION_TRANSFORMER, RESIDUAL_NETWORK = NETWORKS = ("vision transformer", "residual network")
 
-# The first step's gradients differ by fp32 rounding alone. Hundreds of steps of an adaptive optimiser then amplify it.
-# Two plain models whose weights start one rounding apart drift apart too (tried: 7e-4 in the loss, these settings and
-# 330 steps; converted beside plain: 1e-3; the residual network 9e-4 and 7e-3, where a rounding moves a ReLU's sign),
-# and an accuracy over 360 images moves in steps of 0.003.
+# With nothing dropped, gradients differ by fp32 rounding alone. In training the two models draw masks of their own.
 GRADIENT_ALLOWANCE = 1e-4
 LOSS_ALLOWANCE = 0.02
 ACCURACY_ALLOWANCE = 0.02
@@ -54,13 +52,16 @@ class Epoch:
     """What one epoch gave, by model's name: the mean training loss and the accuracy on the test images.
 
     Attributes:
-        largest_difference: between the two models' losses, over the steps of the epoch.
     """
 
     number: int
     loss: dict[str, float]
     accuracy: dict[str, float]
-    largest_difference: float
+
+    @property
+    def loss_difference(self) -> float:
+        """Between the two models' losses."""
+        return abs(self.loss[PLAIN] - self.loss[CONVERTED])
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Training:
     Attributes:
         report: what ``convert`` did to the second.
         step_seconds: of every step (forward, backward, optimiser), by model's name; the two take turns.
-        gradient_difference: of the first step, the largest over the parameters, as a share of their largest.
+        gradient_difference: before the first step and with nothing dropped, the largest over the parameters, as a
+            share of their largest.
     """
 
     models: dict[str, torch.nn.Module]
@@ -81,8 +83,8 @@ class Training:
 
     @property
     def loss_difference(self) -> float:
-        """The largest difference between the two models' losses at any step."""
-        return max(epoch.largest_difference for epoch in self.epochs)
+        """The difference between the two models' losses in the last epoch."""
+        return self.epochs[-1].loss_difference
 
     @property
     def accuracy_difference(self) -> float:
@@ -93,8 +95,8 @@ class Training:
     def disagreements(self) -> list[str]:
         """What is further apart than rounding explains, a line each."""
         limits = (
-            ("first step's gradients", self.gradient_difference, GRADIENT_ALLOWANCE),
-            ("losses", self.loss_difference, LOSS_ALLOWANCE),
+            ("first gradients", self.gradient_difference, GRADIENT_ALLOWANCE),
+            ("last losses", self.loss_difference, LOSS_ALLOWANCE),
             ("final accuracies", self.accuracy_difference, ACCURACY_ALLOWANCE),
         )
         return [
@@ -151,6 +153,9 @@ def train(
         )
         for optimiser in optimisers.values()
     ]
+    training.gradient_difference = _gradient_difference(
+        training.models, digits.train_images[: settings.batch], digits.train_labels[: settings.batch]
+    )
     for number in range(1, settings.epochs + 1):
         order = torch.randperm(count, generator=generator)
         losses: dict[str, list[float]] = {name: [] for name in NAMES}
@@ -161,8 +166,6 @@ def train(
                 loss, seconds = _step(model, optimisers[name], batch, digits.train_labels[chosen])
                 losses[name].append(loss)
                 training.step_seconds[name].append(seconds)
-            if number == 1 and step == 0:
-                training.gradient_difference = _gradient_difference(training.models)
             for schedule in schedules:
                 schedule.step()
             advance()
@@ -170,7 +173,6 @@ def train(
             number,
             {name: sum(values) / len(values) for name, values in losses.items()},
             {name: accuracy(model, digits) for name, model in training.models.items()},
-            max(abs(a - b) for a, b in zip(losses[PLAIN], losses[CONVERTED], strict=True)),
         )
         training.epochs.append(epoch)
         yield epoch
@@ -191,7 +193,20 @@ def _step(
     return loss.item(), time.perf_counter() - begin
 
 
-def _gradient_difference(models: dict[str, torch.nn.Module]) -> float:
+def _gradient_difference(
+    models: dict[str, torch.nn.Module], batch: torch.Tensor, labels: torch.Tensor
+) -> float:
+    """The largest difference between the two models' gradients with nothing dropped, as a share of the largest."""
+    for name, model in models.items():
+        dropouts = [each for each in model.modules() if isinstance(each, torch.nn.Dropout)]
+        rates: list[Any] = [each.p for each in dropouts]
+        for each in dropouts:
+            # A rate of 0 as a number would leave out fastreg's kernels; what is in a tensor, only they know.
+            zero: Any = torch.zeros((), device=batch.device) if name == CONVERTED else 0.0
+            each.p = zero
+        F.cross_entropy(model.train()(batch), labels).backward()
+        for each, rate in zip(dropouts, rates, strict=True):
+            each.p = rate
     pairs = zip(models[PLAIN].parameters(), models[CONVERTED].parameters(), strict=True)
     differences = []
     for plain, converted in pairs:

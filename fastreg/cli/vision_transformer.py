@@ -2,7 +2,7 @@
 
 The patch embedding is a convolution whose kernel can be stretched to larger patches, and positions are sines and
 cosines of the patch's place, so one set of weights serves a digit of 8 x 8 and a photograph of 427 x 640. Blocks
-normalise first (layer norm); queries and keys are normalised a head (RMS norm).
+normalise first (layer norm); queries and keys are normalised a head (RMS norm). Elements of both branches are dropped.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021; Beyer et al., "FlexiViT", 2023 (stretched patches);
 Dehghani et al., "Scaling Vision Transformers to 22 Billion Parameters", 2023 (normalised queries and keys).
@@ -42,18 +42,21 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each on the normalised tokens and added to them."""
+    """Attention and a two-layer perceptron, each on the normalised tokens and, with dropout, added to them."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
+        self.attention_dropout = nn.Dropout(dropout)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            *(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(dropout))
+        )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, patches, width) to the same."""
-        tokens = tokens + self.attention(self.attention_norm(tokens))
+        tokens = tokens + self.attention_dropout(self.attention(self.attention_norm(tokens)))
         output: torch.Tensor = tokens + self.mlp(self.mlp_norm(tokens))
         return output
 
@@ -68,6 +71,7 @@ class VisionTransformer(nn.Module):
         depth: the number of blocks.
         heads: of the attention.
         classes: the number of outputs.
+        dropout: the rate of the branches' dropout.
     """
 
     def __init__(
@@ -78,10 +82,11 @@ class VisionTransformer(nn.Module):
         depth: int = 6,
         heads: int = 4,
         classes: int = 10,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         self.patch = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)
 
