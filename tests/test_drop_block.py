@@ -71,8 +71,9 @@ def test_seeds_are_counted_row_major_over_places(device: str) -> None:
 
 @pytest.mark.every_kernel
 def test_larger_maps(backend: str, device: str) -> None:
-    """More than a tile of every kernel, wider than its words."""
-    for shape, block in (((1, 2, 150, 200), 7), ((1, 1, 9, 600), (3, 90)), ((40, 3, 7, 7), 3)):
+    """More than a tile of every kernel, wider than its words; more rows than stay on chip."""
+    long = ((2, 1, 2060, 9), (5, 3))
+    for shape, block in (((1, 2, 150, 200), 7), ((1, 1, 9, 600), (3, 90)), ((40, 3, 7, 7), 3), long):
         if emulated(backend, device) and shape[0] == 1:
             shape = (1, 1, *(size // 2 for size in shape[2:]))
         found = F.drop_block_mask2d(shape, 0.5, block, gamma="exact", seed=1, device=device)
