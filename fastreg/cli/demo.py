@@ -74,6 +74,10 @@ class Plan:
         ]
         masked = [
             Case("dropout", shapes[-1], benchmark.DTYPES[0], chain="add"),
+            *(
+                Case(f"dropout_add_{norm}", shapes[-1], benchmark.DTYPES[0])
+                for norm in ("layer_norm", "rms_norm")
+            ),
             Case(
                 "drop_block", self.kernel_map or KERNEL_BLOCKS[device.type], benchmark.DTYPES[0], "contiguous"
             ),

@@ -123,7 +123,7 @@ def _choices() -> Iterator[str]:
     requested = backends.requested()
     asked = f"; {requested} is asked for by name (FASTREG_BACKEND or backends.use)" if requested else ""
     yield f"Which backend runs{asked}"
-    yield f"  {'op':<14}{'device':<8}{'backend':<12}{'dtypes':<40}why"
+    yield f"  {'op':<24}{'device':<8}{'backend':<12}{'dtypes':<40}why"
     for op, device_type in product(workloads.names(), DEVICES):
         absent = device_type == "cuda" and not torch.cuda.is_available()
         note = " (if there were a GPU)" if absent else ""
@@ -131,7 +131,7 @@ def _choices() -> Iterator[str]:
         for dtype in DTYPES:
             dtypes.setdefault(choice(op, device_type, dtype), []).append(_name(dtype))
         for (backend, why), names in dtypes.items():
-            yield f"  {op:<14}{device_type:<8}{backend:<12}{', '.join(names):<40}{why}{note}"
+            yield f"  {op:<24}{device_type:<8}{backend:<12}{', '.join(names):<40}{why}{note}"
 
 
 def _reasons() -> Iterator[str]:

