@@ -311,22 +311,23 @@ struct GradientsOfSum {
   }
 };
 
+// Where no number of blocks is given the compiler aims at more of them than there are registers for, and spills a few.
 template <class Sum, bool centred, int width, bool sums_in_shared>
-__global__ void __launch_bounds__(backward_shared_threads)
+__global__ void __launch_bounds__(backward_shared_threads, 1)
     dropout_add_backward_kernel(const DropoutAddBackwardArguments arguments) {
   const Branch branch(arguments.branch);
   differentiate_rows<centred, sums_in_shared>(arguments.norm, GradientsOfSum<Sum, width>{arguments, branch});
 }
 
 template <class Sum, bool centred, int width>
-__global__ void __launch_bounds__(looped_threads)
+__global__ void __launch_bounds__(looped_threads, 1)
     dropout_add_backward_looped_kernel(const DropoutAddBackwardArguments arguments) {
   const Branch branch(arguments.branch);
   differentiate_long_row<centred>(arguments.norm, GradientsOfSum<Sum, width>{arguments, branch});
 }
 
 template <class Sum, bool centred, int width>
-__global__ void __launch_bounds__(columns_threads)
+__global__ void __launch_bounds__(columns_threads, 3)
     dropout_add_backward_columns_kernel(const DropoutAddBackwardArguments arguments) {
   const Branch branch(arguments.branch);
   sum_columns<centred>(arguments.norm, GradientsOfSum<Sum, width>{arguments, branch});
