@@ -101,6 +101,8 @@ struct GradientsOfSum {
     return row * arguments.norm.grad_output_stride + column;
   }
 
+  __device__ __forceinline__ int64_t grad_output_row(int64_t row) const { return grad_output_offset(row, 0); }
+
   __device__ __forceinline__ Data load_grad_output(int64_t row, int64_t column) const {
     Beside<Sum, width> loaded;
     loaded.load(grad_output(), grad_output_offset(row, column));
@@ -110,8 +112,8 @@ struct GradientsOfSum {
   __device__ __forceinline__ bool is_narrow() const { return sizeof(Sum) == 4 && arguments.dtype != DType::Float32; }
 
   // Four elements of 16 bits take half of a place.
-  __device__ __forceinline__ void copy_grad_output(Data* place, int64_t row, int64_t column) const {
-    const int64_t offset = grad_output_offset(row, column);
+  __device__ __forceinline__ void copy_grad_output(Data* place, int64_t row_offset, int64_t column) const {
+    const int64_t offset = row_offset + column;
     if (is_narrow()) {
       copy_async<8>(place, static_cast<const uint16_t*>(arguments.norm.grad_output) + offset);
     } else {
