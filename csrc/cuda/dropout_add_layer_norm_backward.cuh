@@ -101,6 +101,8 @@ struct GradientsOfSum {
     return row * arguments.norm.grad_output_stride + column;
   }
 
+  __device__ __forceinline__ int64_t grad_output_row(int64_t row) const { return grad_output_offset(row, 0); }
+
   __device__ __forceinline__ Data load_grad_output(int64_t row, int64_t column) const {
     Beside<Sum, width> loaded;
     loaded.load(grad_output(), grad_output_offset(row, column));
@@ -110,8 +112,8 @@ struct GradientsOfSum {
   __device__ __forceinline__ bool is_narrow() const { return sizeof(Sum) == 4 && arguments.dtype != DType::Float32; }
 
   // Four elements of 16 bits take half of a place.
-  __device__ __forceinline__ void copy_grad_output(Data* place, int64_t row, int64_t column) const {
-    const int64_t offset = grad_output_offset(row, column);
+  __device__ __forceinline__ void copy_grad_output(Data* place, int64_t row_offset, int64_t column) const {
+    const int64_t offset = row_offset + column;
     if (is_narrow()) {
       copy_async<8>(place, static_cast<const uint16_t*>(arguments.norm.grad_output) + offset);
     } else {
@@ -311,22 +313,23 @@ struct GradientsOfSum {
   }
 };
 
+// Where no number of blocks is given the compiler aims at more of them than there are registers for, and spills a few.
 template <class Sum, bool centred, int width, bool sums_in_shared>
-__global__ void __launch_bounds__(backward_shared_threads)
+__global__ void __launch_bounds__(backward_shared_threads, 1)
     dropout_add_backward_kernel(const DropoutAddBackwardArguments arguments) {
   const Branch branch(arguments.branch);
   differentiate_rows<centred, sums_in_shared>(arguments.norm, GradientsOfSum<Sum, width>{arguments, branch});
 }
 
 template <class Sum, bool centred, int width>
-__global__ void __launch_bounds__(looped_threads)
+__global__ void __launch_bounds__(looped_threads, 1)
     dropout_add_backward_looped_kernel(const DropoutAddBackwardArguments arguments) {
   const Branch branch(arguments.branch);
   differentiate_long_row<centred>(arguments.norm, GradientsOfSum<Sum, width>{arguments, branch});
 }
 
 template <class Sum, bool centred, int width>
-__global__ void __launch_bounds__(columns_threads)
+__global__ void __launch_bounds__(columns_threads, 3)
     dropout_add_backward_columns_kernel(const DropoutAddBackwardArguments arguments) {
   const Branch branch(arguments.branch);
   sum_columns<centred>(arguments.norm, GradientsOfSum<Sum, width>{arguments, branch});

@@ -249,13 +249,16 @@ struct GradientOfInput {
     return static_cast<const Element*>(arguments.grad_output) + row * arguments.grad_output_stride + column;
   }
 
+  // Where a row begins: found once, not again for each of its packs.
+  __device__ __forceinline__ const Element* grad_output_row(int64_t row) const { return grad_output(row, 0); }
+
   __device__ __forceinline__ Data load_grad_output(int64_t row, int64_t column) const {
     return Data::load(grad_output(row, column));
   }
 
   // The same through shared memory: a copy into a pack's place there, which is read when it has come.
-  __device__ __forceinline__ void copy_grad_output(Data* place, int64_t row, int64_t column) const {
-    copy_async(place, grad_output(row, column));
+  __device__ __forceinline__ void copy_grad_output(Data* place, const Element* row, int64_t column) const {
+    copy_async(place, row + column);
   }
 
   __device__ __forceinline__ Data copied_grad_output(const Data* place) const { return *place; }
@@ -335,12 +338,14 @@ __device__ __forceinline__ void differentiate_rows(const BackwardArguments& argu
   const auto column_of = [&](int offset) { return static_cast<int64_t>(slice.first + offset) * width; };
   const auto fetch = [&](int stage, int64_t row) {
     if constexpr (stages > 0) {
+      const auto grad_row = target.grad_output_row(row);
+      const Element* const input_row = target.input(row, 0);
 #pragma unroll
       for (int place = 0; place < packs; ++place) {
         const int offset = place * team.threads + team.lane;
         if (row < arguments.rows && offset < slice.count) {
-          target.copy_grad_output(ring.place(stage, 0, place), row, column_of(offset));
-          if (reads_input) copy_async(ring.place(stage, 1, place), target.input(row, column_of(offset)));
+          target.copy_grad_output(ring.place(stage, 0, place), grad_row, column_of(offset));
+          if (reads_input) copy_async(ring.place(stage, 1, place), input_row + column_of(offset));
         }
       }
       copy_async_commit();

@@ -68,7 +68,7 @@ __device__ __forceinline__ void differentiate_long_row(const BackwardArguments& 
 }
 
 template <class Element, bool centred, int width>
-__global__ void __launch_bounds__(looped_threads) backward_looped_kernel(const BackwardArguments arguments) {
+__global__ void __launch_bounds__(looped_threads, 1) backward_looped_kernel(const BackwardArguments arguments) {
   differentiate_long_row<centred>(arguments, GradientOfInput<Element, width>{arguments});
 }
 

@@ -380,7 +380,7 @@ __device__ __forceinline__ void normalize_long_row(const ForwardArguments& argum
 }
 
 template <class Element, bool centred, int width>
-__global__ void __launch_bounds__(looped_threads) forward_looped_kernel(const ForwardArguments arguments) {
+__global__ void __launch_bounds__(looped_threads, 1) forward_looped_kernel(const ForwardArguments arguments) {
   normalize_long_row<centred>(arguments, RowsOfTensor<Element, width>{arguments});
 }
 

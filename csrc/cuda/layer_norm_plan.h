@@ -65,6 +65,7 @@ constexpr int spread_over_device(int cluster, const Problem& problem, const Devi
 
 // --- kernels for rows beyond the chip --------------------------------------------------------------------------------
 
+// Compiled for a block a multiprocessor: left to itself the compiler aims at more of them, and spills a few registers.
 inline constexpr int looped_threads = 512;
 inline constexpr int looped_packs = 4;  // on their way at once in each thread
 

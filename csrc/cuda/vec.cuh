@@ -80,7 +80,17 @@ struct alignas(sizeof(Element) * width) Pack {
     }
   }
 
-  __device__ __forceinline__ float operator[](int index) const { return to_float(elements[index]); }
+  // A pack of bfloat16, the upper half of fp32, is read from its words: of halves that are converted one by one the
+  // compiler may keep each in a register of its own.
+  __device__ __forceinline__ float operator[](int index) const {
+    if constexpr (std::is_same_v<Element, bfloat16> && width > 1) {
+      uint32_t word;
+      memcpy(&word, &elements[index / 2 * 2], sizeof(word));
+      return __uint_as_float(index % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      return to_float(elements[index]);
+    }
+  }
 
   // Between two uses of a packed row: without it the compiler keeps the fp32 values, twice as many registers.
   __device__ __forceinline__ void keep_packed() {

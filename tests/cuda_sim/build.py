@@ -172,7 +172,9 @@ def _program(
     own = [*common, *(["-fsanitize=thread"] if trace else []), *extra]
     prefix = _prefix(own) if trace else []
     program = _object(source, (kernels, HERE), [*own, *prefix, f"-I{kernels / 'cuda'}"], own)
-    return _linked(source.stem, [program, *_simulator_objects(common)], [*sanitizer, "-rdynamic", "-ldl"])
+    # The program comes last: of the standard library's templates that both have, the simulator's are taken, which do
+    # not call the tracer.
+    return _linked(source.stem, [*_simulator_objects(common), program], [*sanitizer, "-rdynamic", "-ldl"])
 
 
 STANDALONE = (
