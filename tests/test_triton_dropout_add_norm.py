@@ -12,7 +12,7 @@ import triton.language as tl
 
 import triton_interpreter
 from dropout_add_norms import SEED, Branch, check_branch
-from fastreg.backends.triton import _launch
+from fastreg.backends.reference.dropout import DTYPES
 from fastreg.backends.triton._dropout_add_tiles import keep_chunk
 from fastreg.backends.triton.dropout_add_layer_norm import (
     dropout_add_layer_norm_bwd,
@@ -49,7 +49,7 @@ def branch(
 @pytest.mark.parametrize(
     "case",
     [
-        branch(150, 64, BF16, BF16),
+        branch(70, 64, BF16, BF16),
         branch(130, 24, BF16, F32, in_tensor=True),
         branch(270, 17, F16, F16, ("input", "layer_scale")),
         branch(20, 1024, BF16, BF16, EVERYTHING[:4]),
@@ -59,7 +59,7 @@ def branch(
         branch(2, 8192, BF16, BF16),
         branch(2, 12288, BF16, BF16, EVERYTHING[:4]),
         branch(1, 16384, F32, F32),
-        branch(1, 28680, BF16, BF16, EVERYTHING[:2]),
+        pytest.param(branch(1, 28680, BF16, BF16, EVERYTHING[:2]), marks=pytest.mark.complete),
         pytest.param(branch(1, 65536, BF16, BF16, ("input", "weight")), marks=pytest.mark.complete),
     ],
     ids=str,
@@ -89,11 +89,10 @@ def test_masks(columns: int, low: torch.dtype, wide: torch.dtype, device: str) -
         *(input, torch.zeros_like(found), 1, None, None, None, *mask, 1e-5, False, True)
     )
     assert torch.equal(same, found)
-    number = {F32: 0, BF16: 1, F16: 2}[low]
     # A gradient of the sum alone, so that nothing but the mask can make a zero.
     grad_input, grad_residual, *_ = dropout_add_layer_norm_bwd(
         *(torch.zeros_like(output), torch.ones_like(found), found, None, 1, statistics, None, None),
-        *(None, None, *mask, number, (True, True, False, False, False)),
+        *(None, None, *mask, DTYPES.index(low), (True, True, False, False, False)),
     )
     assert (grad_residual == 1).all()
     assert torch.equal(grad_input.cpu() != 0, keep)
@@ -160,8 +159,3 @@ def test_units_beyond_32_bits(drawn: int, device: str) -> None:
     for first in (0, 2**31 - 32, 2**35 - 32, 2**35 + 2**20):
         draw[(1,)](kept, torch.tensor(SEED, device=device), first // drawn, 30_000, drawn)
         assert kept.tolist() == [half_lane(SEED, first + place) >= 30_000 for place in range(64)]
-
-
-def test_nothing_is_launched_twice_for_a_rate() -> None:
-    """The tile search depends on sizes alone, and so does what is compiled."""
-    assert _launch.forward(7, 1000, 2, 8, added=True).tile is _launch.forward(9, 1000, 2, 8, added=True).tile
