@@ -159,3 +159,32 @@ def test_units_beyond_32_bits(drawn: int, device: str) -> None:
     for first in (0, 2**31 - 32, 2**35 - 32, 2**35 + 2**20):
         draw[(1,)](kept, torch.tensor(SEED, device=device), first // drawn, 30_000, drawn)
         assert kept.tolist() == [half_lane(SEED, first + place) >= 30_000 for place in range(64)]
+
+
+@pytest.mark.only(device="cpu")
+def test_rows_further_apart_than_32_bits() -> None:
+    """Of memory that is never written, and which there is therefore none of."""
+
+    def rows(dtype: torch.dtype) -> torch.Tensor:
+        stride = 2**31 + 8
+        flat = torch.empty(2 * stride, dtype=dtype)
+        return flat.as_strided((2, 24), (stride, 1)).copy_(torch.randn(2, 24))
+
+    input, residual, grad_output, grad_sum = rows(BF16), rows(F32), rows(BF16), rows(F32)
+    columns, seed = torch.randn(24), torch.tensor(SEED)
+    mask = (None, columns, seed, 20_000, None)
+
+    def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        input, residual, grad_output, grad_sum = tensors
+        output, total, statistics = dropout_add_layer_norm_fwd(
+            *(input, residual, 1, columns, columns, *mask, 1e-5, False, True)
+        )
+        gradients = dropout_add_layer_norm_bwd(
+            *(grad_output, grad_sum, total, input, 1, statistics, columns, columns, *mask),
+            *(DTYPES.index(BF16), (True,) * 5),
+        )
+        return [output, total, statistics, *gradients]
+
+    far = (input, residual, grad_output, grad_sum)
+    for one, other in zip(call(*far), call(*(each.contiguous() for each in far)), strict=True):
+        assert torch.equal(one, other)

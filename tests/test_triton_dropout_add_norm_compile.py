@@ -62,7 +62,7 @@ def test_a_mask_moves_between_no_threads() -> None:
 
 
 def test_a_rate_or_a_seed_compiles_nothing_anew() -> None:
-    """Nor does the number of rows that share a scale; strides of 0 and 1 vector neither."""
+    """Nor does the number of rows that share a scale, nor the distance between rows."""
 
     def launches(seed: int, threshold: int, samples: int, residual: torch.Tensor) -> list[Launch]:
         input, columns = torch.empty(64, 64), torch.empty(64)
