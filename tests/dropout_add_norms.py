@@ -295,18 +295,18 @@ class DropoutAddNormSuite:
 
     # Of so many odd columns Triton's kernels, too, hold no whole row.
     @pytest.mark.parametrize(
-        "columns",
+        ("rows", "columns"),
         [
-            pytest.param(8_193, marks=pytest.mark.every_kernel),
-            pytest.param(12_296, marks=pytest.mark.complete(backend=("triton",))),
-            pytest.param(65_541, marks=pytest.mark.complete(backend=("triton",))),
+            pytest.param(1, 8_193, marks=pytest.mark.every_kernel),
+            pytest.param(2, 12_296, marks=pytest.mark.complete(backend=("triton",))),
+            pytest.param(2, 65_541, marks=pytest.mark.complete(backend=("triton",))),
         ],
     )
-    def test_long_rows(self, columns: int, device: str) -> None:
+    def test_long_rows(self, rows: int, columns: int, device: str) -> None:
         for dtype, in_fp32 in ((torch.float32, False), (torch.bfloat16, True)):
             wanted = ("input", "residual", "weight", "layer_scale")
             branch = Branch(
-                *(((2,), (columns,)), dtype, dtype, torch.float32, "contiguous", "contiguous", 0.1),
+                *(((rows,), (columns,)), dtype, dtype, torch.float32, "contiguous", "contiguous", 0.1),
                 *(False, True, in_fp32, ("bias",), wanted),
             )
             check_branch(self.norm, branch, device)

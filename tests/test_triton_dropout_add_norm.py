@@ -52,7 +52,7 @@ def branch(
         branch(70, 64, BF16, BF16),
         branch(130, 24, BF16, F32, in_tensor=True),
         branch(270, 17, F16, F16, ("input", "layer_scale")),
-        branch(20, 1024, BF16, BF16, EVERYTHING[:4]),
+        branch(9, 1024, BF16, BF16, EVERYTHING[:4]),
         branch(3, 2560, F32, F32),
         branch(3, 2568, BF16, F32, EVERYTHING[:2]),
         branch(9, 512, BF16, BF16, layout="rows"),

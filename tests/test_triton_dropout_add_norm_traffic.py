@@ -120,7 +120,7 @@ def ratio(counted: Traffic, minimum: int, small: int) -> float:
 
 
 FORWARD = (
-    Call(2048, 64, BF16, BF16),
+    Call(512, 64, BF16, BF16),
     Call(96, 768, BF16, F32, centred=False, scaled=True),
     Call(65, 257, F16, F16),
     Call(64, 1000, F32, F32, scaled=True),
@@ -153,8 +153,8 @@ def test_a_long_row_is_read_again_as_its_sum() -> None:
 @pytest.mark.parametrize(
     ("call", "mask"),
     [
-        (Call(4096, 64, BF16, BF16), "irwb"),
-        (Call(4096, 128, BF16, F32, centred=False, scaled=True), "irwl"),
+        (Call(1024, 64, BF16, BF16), "irwb"),
+        (Call(1024, 128, BF16, F32, centred=False, scaled=True), "irwl"),
         (Call(64, 1024, BF16, BF16), "ir"),
     ],
     ids=str,
