@@ -6,9 +6,11 @@ As in test_triton_compile.py: no spills, 16 bytes at a time wherever alignment a
 from __future__ import annotations
 
 import pytest
+import torch
 
-from bench.static_evidence.occupancy import WARP, residency
-from test_triton_compile import SHARED_MEMORY, WARPS
+from fastreg.backends.triton._dropout_add_branch import Branch
+from fastreg.backends.triton.dropout_add_layer_norm import backward, forward
+from test_triton_batch_norm_compile import check_machine_code
 from triton_dropout_add_norm_offline import SHAPES, DropoutAddNorm
 from triton_offline import (
     ARCHITECTURES,
@@ -18,6 +20,7 @@ from triton_offline import (
     compilations,
     compile_launch,
     expect_known_spills,
+    record,
 )
 
 pytestmark = pytest.mark.backend_independent
@@ -40,15 +43,10 @@ def test_machine_code(
     shape: DropoutAddNorm, architecture: int, compiled: Compilations, request: pytest.FixtureRequest
 ) -> None:
     expect_known_spills(request, str(shape), architecture)
-    for result in compiled[shape, architecture].result():
-        print(f"sm_{architecture} {result}")
+    results = compiled[shape, architecture].result()
+    check_machine_code(results, architecture)
+    for result in results:
         loads, stores = result.accesses.global_loads, result.accesses.global_stores
-        assert result.stack_bytes == 0, f"registers are spilled: {result}"
-        assert result.shared_bytes <= SHARED_MEMORY, result
-        resident = residency(architecture, result.registers, result.warps * WARP, result.shared_bytes)
-        assert resident.warps >= WARPS, f"too few warps fit: {result}"
-        assert loads[16] >= result.wide_loads, f"loads are narrow: {loads}"
-        assert stores[16] >= result.wide_stores, f"stores are narrow: {stores}"
         if result.wide_loads:
             assert not {1, 2} & {*loads, *stores}
 
@@ -61,3 +59,34 @@ def test_a_mask_moves_between_no_threads() -> None:
         assert isinstance(launch, Launch)
         shared.append(compile_launch(launch, 90).shared_bytes)
     assert shared[0] == shared[1]
+
+
+def test_a_rate_or_a_seed_compiles_nothing_anew() -> None:
+    """Nor does the number of rows that share a scale, nor the distance between rows."""
+
+    def launches(seed: int, threshold: int, samples: int, residual: torch.Tensor) -> list[Launch]:
+        input, columns = torch.empty(64, 64), torch.empty(64)
+        branch = Branch(torch.empty(samples), columns, torch.tensor(seed), threshold, None)
+
+        def call() -> None:
+            forward(input, residual, 1, columns, columns, branch, 1e-5, False, True, centred=True)
+            gradients = (residual, residual, input, input, 1, torch.empty(2, 64), columns, columns)
+            backward(*gradients, branch, 0, (True,) * 5, centred=True)
+
+        return record(call)
+
+    def keys(found: list[Launch]) -> list[object]:
+        return [(each.kernel.__name__, each.types(), each.constants(), each.aligned()) for each in found]
+
+    first = launches(0, 0, 64, torch.empty(64, 64))
+    for seed, threshold, samples in ((1, 1, 1), (16, 16, 4), (2**40, 2**16 - 1, 32), (7, 2**16, 64)):
+        for residual in (
+            torch.empty(64, 64),
+            torch.empty(64).expand(64, 64),
+            torch.empty(64, 72)[:, :64],
+        ):
+            assert keys(launches(seed, threshold, samples, residual)) == keys(first)
+    for launch in first:
+        fixed = {each.name for each in launch.kernel.params if each.do_not_specialize}
+        sizes = {name for name, value in launch.arguments.items() if isinstance(value, int | float)}
+        assert sizes - {each.name for each in launch.kernel.params if each.is_constexpr} <= fixed | {"eps"}

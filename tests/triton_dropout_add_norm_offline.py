@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fastreg.backends.reference.dropout import DTYPES
 from fastreg.backends.triton._dropout_add_branch import Branch
 from fastreg.backends.triton.dropout_add_layer_norm import backward, forward
-from triton_offline import BF16, F16, F32, Launch, record
-
-ROWS = 512
-_NUMBERS = {F32: 0, BF16: 1, F16: 2}
+from triton_dropout_offline import activations
+from triton_offline import BF16, F16, F32, ROWS, Launch, record
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,13 @@ class DropoutAddNorm:
         return record(
             lambda: backward(
                 *(self._rows(self.dtype), residual, self._rows(self.sum), input, 1, statistics),
-                *(*parameters, branch, _NUMBERS[self.dtype], mask),
+                *(*parameters, branch, DTYPES.index(self.dtype), mask),
                 centred=self.centred,
             )
         )
 
     def _rows(self, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of which no element is ever written, and which therefore take no memory."""
-        flat = torch.empty(ROWS * self.hidden + 1, dtype=dtype)
-        return flat[:-1].view(ROWS, self.hidden) if self.aligned else flat[1:].view(ROWS, self.hidden)
+        return activations((ROWS, self.hidden), dtype, aligned=self.aligned)
 
 
 # Sizes at every limit of _launch.py, with all there may be beside the rows, and with as little as there usually is.

@@ -264,7 +264,7 @@ _ADDED_SUMS = {
     (1, 2): (*_ADDED_SUMS_16_BIT, _Limit(8, 48, packed=True)),
     (1, 4): (*_SUMS_32_BIT, _Limit(8, 40)),
     (2, 2): (*_ADDED_SUMS_16_BIT, _Limit(8, 48, packed=True)),
-    (2, 4): _SUMS_32_BIT,
+    (2, 4): (_Limit(8, 24, even=True, prefetch=True), _Limit(8, 32)),
     (3, 2): (
         _Limit(8, 24, even=True, packed=True, prefetch=True),
         _Limit(8, 32, even=True, packed=True),
@@ -272,7 +272,8 @@ _ADDED_SUMS = {
     ),
     (3, 4): (_Limit(8, 16, even=True, prefetch=True), _Limit(8, 24)),
 }
-_ADDED_GRAD_INPUT_NARROW = (_Limit(8, 32, even=True, packed=True), _Limit(8, 32, packed=True))
+# Narrow 16-bit elements lie in a register each, packed or not; to convert them again takes registers for nothing.
+_ADDED_GRAD_INPUT_NARROW = (_Limit(8, 32, even=True), _Limit(8, 32))
 _ADDED_SUMS_NARROW = (_Limit(8, 8, even=True, packed=True), _Limit(8, 16, packed=True))
 
 _SPLIT_WARPS = 8
@@ -303,9 +304,10 @@ def backward(
     multiprocessors: int,
     added: bool = False,
 ) -> Backward:
-    """How to differentiate, with ``sums`` weight gradients (0 to 3) to add up over the rows.
+    """How to differentiate, with ``sums`` weight gradients (0 to 2) to add up over the rows.
 
-    ``added``: the rows were sums, and so there may be twice as many gradients of rows, in and out.
+    ``added``: the rows were sums, and so there may be twice as many gradients of rows, in and out. Then 3 stands for
+    any number of sums with layer_scale's among them, for which the rows of the branch are held, too.
     """
     tile = _backward_tile(hidden, itemsize, vector, sums, added)
     if tile is not None:

@@ -147,7 +147,8 @@ def norm_backward(
     vector = _launch.vector(hidden, *strides, aligned=all(map(_aligned, read)))
     processors = _device.multiprocessors(input)
     sums = int(wants_weight) + int(wants_bias) + int(grad_layer_scale is not None)
-    launch = _launch.backward(rows, hidden, itemsize, vector, sums, processors, added=added is not None)
+    counted = sums if grad_layer_scale is None else 3
+    launch = _launch.backward(rows, hidden, itemsize, vector, counted, processors, added=added is not None)
     partial = torch.empty((sums, launch.row_programs, hidden), dtype=torch.float32, device=input.device)
     partial_weight = partial[0] if wants_weight else None
     partial_bias = partial[int(wants_weight)] if wants_bias else None
