@@ -345,6 +345,12 @@ _KNOWN_SPILLS = (
         "Triton 3.6 spills 8 bytes for sm_100",
     ),
     ("3.6.", "group32-16x640x32x32-planes-float32-float32-gelu", 120, "Triton 3.6 spills 8 bytes for sm_120"),
+    (
+        "3.6.",
+        "dropout_add_layer-1002-bfloat16-float32-float32-d_irwbl-scaled",
+        120,
+        "Triton 3.6 spills 16 bytes for sm_120",
+    ),
 )
 
 
