@@ -231,7 +231,9 @@ def exact(problem: Problem, tensors: Tensors, results: dict[str, torch.Tensor]) 
         "rstd": Exact(rstd[:, 0], (rstd * (1 + 8 * torch.finfo(wide).eps * shift.square()))[:, 0], wide),
         "grad_input": Exact(gradient * factor, terms * factor.abs(), kind),
         "grad_residual": Exact(gradient, terms, total_dtype),
-        "grad_weight": Exact((grad * normalized).sum(0), (grad.abs() * (normalized.abs() + shift)).sum(0), F32),
+        "grad_weight": Exact(
+            (grad * normalized).sum(0), (grad.abs() * (normalized.abs() + shift)).sum(0), F32
+        ),
         "grad_bias": Exact(grad.sum(0), grad.abs().sum(0), F32),
         "grad_layer_scale": Exact(
             (gradient * without_layer_scale * rows(results["input"])).sum(0), branch_terms.abs().sum(0), F32
@@ -292,7 +294,9 @@ def all_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bo
 @each_level
 @each_norm
 @each_type
-@pytest.mark.parametrize("shape", [(6, 1), (5, 2), (9, 3), (2, 3, 17), (5, 129), (7, 257), (6, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6, 1), (5, 2), (9, 3), (2, 3, 17), (5, 129), (7, 257), (6, 1000)], ids=str
+)
 def test_kernels(norm: str, types: Any, shape: tuple[int, ...], level: str) -> None:
     """Groups of four rows and the rest, rows that begin anywhere in a block of lanes."""
     with kernels_of(level):
@@ -442,7 +446,9 @@ def test_vectors_that_are_not_aligned(norm: str) -> None:
 
 @each_norm
 @pytest.mark.parametrize(
-    "shape", [(1000, 40), (131, 768), (40, 4097), (1, 70000), (2, 33000), (3, 20000), (5, 9000), (7, 9000)], ids=str
+    "shape",
+    [(1000, 40), (131, 768), (40, 4097), (1, 70000), (2, 33000), (3, 20000), (5, 9000), (7, 9000)],
+    ids=str,
 )
 def test_bits_do_not_depend_on_threads(norm: str, shape: tuple[int, ...]) -> None:
     problem = Problem(norm, shape, TYPES["bfloat16, sum in float32"])
