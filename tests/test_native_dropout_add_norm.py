@@ -306,7 +306,7 @@ def test_kernels(norm: str, types: Any, shape: tuple[int, ...], level: str) -> N
 @each_level
 @each_norm
 @each_type
-@pytest.mark.parametrize("shape", [(9, 8193), (2, 8193)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((9, 8193), marks=pytest.mark.complete), (2, 8193)], ids=str)
 def test_long_rows(norm: str, types: Any, shape: tuple[int, ...], level: str) -> None:
     """Block by block; the few are cut among threads."""
     with kernels_of(level), threads(2):
@@ -469,9 +469,9 @@ def test_bits_do_not_depend_on_threads(norm: str, shape: tuple[int, ...]) -> Non
     ("shape", "types"),
     [
         ((4099, 768), "float32"),
-        ((4101, 770), "float32"),
-        ((800, 4096), "float32"),
-        ((8195, 768), "bfloat16"),
+        pytest.param((4101, 770), "float32", marks=pytest.mark.complete),
+        pytest.param((800, 4096), "float32", marks=pytest.mark.complete),
+        pytest.param((8195, 768), "bfloat16", marks=pytest.mark.complete),
         ((4100, 784), "bfloat16, sum in float32"),
     ],
     ids=str,
