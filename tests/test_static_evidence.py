@@ -450,6 +450,15 @@ def _wide(name: str, arguments: list[str]) -> tuple[int, int]:
     if name == "backward_kernel":
         packs = (32 if arguments[3] == "true" else 16) // width
         return 2 * packs, packs
+    if name.startswith("dropout_add"):
+        packs = (32 if arguments[-1] == "true" else 16) // width
+        return {
+            "dropout_add_forward_kernel": (8, 8),
+            "dropout_add_forward_looped_kernel": (10, 5),
+            "dropout_add_backward_kernel": (4 * packs, 2 * packs),
+            "dropout_add_backward_looped_kernel": (12, 2),
+            "dropout_add_backward_columns_kernel": (16, 0),
+        }[name]
     if name.startswith("dropout"):
         # A 16-bit tensor beside a float32 one is accessed in 8 bytes.
         first, second = (0 if each == "float" else 1 for each in arguments[:2])

@@ -138,6 +138,34 @@ def _call_group_norm(
     backend.group_norm_bwd(input, input, groups, statistics, vector, vector, activation, 0.0, everything)
 
 
+def _call_dropout_add_norm(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> None:
+    """Forward and backward of both norms with everything that there may be, the sum in the input's dtype or fp32."""
+    input, vector = _rows(rows, hidden, dtype, aligned), torch.empty(hidden)
+    seed, number = torch.zeros((), dtype=torch.int64), _DTYPES.index(dtype)
+    for total in {dtype, torch.float32}:
+        residual = _rows(rows, hidden, total, aligned)
+        branch = (None, vector, seed, 1 << 13, None)
+        sums = (input, residual, residual, input, 1)
+        for statistics, parameters, forward, backward in (
+            (
+                torch.empty(2, rows),
+                (vector, vector),
+                backend.dropout_add_layer_norm_fwd,
+                backend.dropout_add_layer_norm_bwd,
+            ),
+            (
+                torch.empty(rows),
+                (vector,),
+                backend.dropout_add_rms_norm_fwd,
+                backend.dropout_add_rms_norm_bwd,
+            ),
+        ):
+            forward(input, residual, 1, *parameters, *branch, 1e-5, False, True)
+            everything = (True,) * (len(parameters) + 3)
+            for given, mask in ((branch, everything), ((None, None, *branch[2:]), (*everything[:-1], False))):
+                backward(*sums, statistics, *parameters, *given, number, mask)
+
+
 def _call_dropout(rows: int, hidden: int, dtype: torch.dtype, aligned: bool) -> None:
     """Elements and rows dropped, with a residual of either dtype and without; the gradient of layer_scale."""
     input, wide = (_rows(rows, hidden, each, aligned) for each in (dtype, torch.float32))
@@ -170,6 +198,7 @@ def launches(architecture: int) -> dict[str, set[Launch]]:
             if rows * hidden <= MOST_ELEMENTS:
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     _call_all(rows, hidden, dtype, aligned)
+                    _call_dropout_add_norm(rows, hidden, dtype, aligned)
                     _call_dropout(rows, hidden, dtype, aligned)
         for samples, (channels, side), rows, aligned in product(
             SAMPLES, CHANNELS, (True, False), (True, False)

@@ -96,6 +96,8 @@ _PATTERNS = (
     _Pattern("no bound {}", r"((?:place \* team\.threads \+ team\.lane|\boffset) < slice\.count)", "true"),
     _Pattern("no bound {}", r"(start \+ place \* team\.threads < slice\.count)", "true"),
     _Pattern("no bound {}", r"(?<=[(&] )?(\b(?:of_)?row < arguments\.rows)(?=\)| &&)", "true"),
+    _Pattern("no bound {}", r"active = (first_row < arguments\.rows);", "true"),
+    _Pattern("no bound {}", r"(\brow < arguments\.norm\.rows)\)", "true"),
     _Pattern("no bound {}", r"(\bcolumn < arguments\.columns)", "true"),
     _Pattern("no bound {}", r"(\blane < (?:team\.warps\(\)|cluster))", "true"),
     _Pattern("one beyond {}", r"(\boffset >= packs)\)", "offset > packs"),
@@ -178,6 +180,72 @@ _LISTED = (
         "layer_norm.cuh",
         "return aligned(data, 16) && row_stride * element_size % 16 == 0;",
         "return aligned(data, 16);",
+    ),
+    (
+        "wide loads from rows beside the sum that are not aligned",
+        "dropout_add_layer_norm.cuh",
+        " && row_stride * fastreg::element_size(dtype) % bytes == 0)",
+        ")",
+    ),
+    (
+        "the first pack's bits for all of them",
+        "layer_norm_forward.cuh",
+        "bits >> index * width",
+        "bits",
+    ),
+    (
+        "packs that follow without what they need besides",
+        "layer_norm_backward.cuh",
+        "if (place > 0 && place % at_once == 0) fetch_more(place);",
+        ";",
+    ),
+    (
+        "every thread of a row stores its means",
+        "layer_norm_backward_looped.cuh",
+        "    if (team.lane == 0 && slice.first == 0) target",
+        "    target",
+    ),
+    (
+        "the first half of a block of the random stream for both",
+        "dropout_add_layer_norm_branch.cuh",
+        "width == 4 && first != 0",
+        "width == 4 && first < 0",
+    ),
+    (
+        "the scale of another threshold than the one that is read",
+        "dropout_add_layer_norm_branch.cuh",
+        "      scale = kept > 0.0f",
+        "      const float unused = kept > 0.0f",
+    ),
+    (
+        "a row's scale for the next row",
+        "dropout_add_layer_norm_branch.cuh",
+        "quotient(row, arguments.scale_rows)",
+        "quotient(row + 1, arguments.scale_rows)",
+    ),
+    (
+        "copies of 16 bytes from rows of half as wide elements",
+        "dropout_add_layer_norm_backward.cuh",
+        "copy_async<8>(place",
+        "copy_async<16>(place",
+    ),
+    (
+        "layer_scale's sums that do not start at 0",
+        "dropout_add_layer_norm_backward.cuh",
+        "    ThirdSums<packs, width>(dynamic_shared()).clear();\n",
+        "",
+    ),
+    (
+        "layer_scale's sums where rows arrive",
+        "dropout_add_layer_norm_backward.cuh",
+        "    return static_cast<int>(sizeof(float)) * packs * width * static_cast<int>(blockDim.x);",
+        "    return 0;",
+    ),
+    (
+        "the gradient of the sum that is not added",
+        "dropout_add_layer_norm_backward.cuh",
+        "gradient[index] += added[index];",
+        "gradient[index] += 0.0f * added[index];",
     ),
     (
         "a pack of a plane that goes on in the next one",
@@ -332,16 +400,17 @@ _KERNELS = re.compile(
     r"|dropout_(mask|apply|columns)\.cuh|drop_block_(mask|apply)\.cuh"
 )
 
-# The program that runs a file's kernels, and as little else as there can be.
+# The programs that run a file's kernels, and as little else as there can be. The second one runs where the first finds
+# nothing: of what the norms and the fused ops share a few lines are of the norms alone.
 _PROGRAMS = (
-    # What the two ops share is in the norm's files; the fused one has more of it.
-    (re.compile(r"(dropout_add_)?layer_norm_.*"), ("standalone_dropout_add_norm",)),
-    (re.compile(r"drop_block.*"), ("standalone_dropout", "-DFASTREG_STANDALONE_DROP_BLOCK")),
-    (re.compile(r"dropout.*"), ("standalone_dropout", "-DFASTREG_STANDALONE_DROPOUT")),
-    (re.compile(r"(group|instance)_norm.*"), ("standalone_group_norm",)),
-    (re.compile(r"batch_norm_resident.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_RESIDENT")),
-    (re.compile(r"batch_norm.*|activation.*"), ("standalone_batch_norm", "-DFASTREG_STANDALONE_STREAMING")),
-    (re.compile(r".*"), ("standalone",)),
+    (r"dropout_add_.*", (("standalone_dropout_add_norm",),)),
+    (r"layer_norm_.*", (("standalone_dropout_add_norm",), ("standalone",))),
+    (r"drop_block.*", (("standalone_dropout", "-DFASTREG_STANDALONE_DROP_BLOCK"),)),
+    (r"dropout.*", (("standalone_dropout", "-DFASTREG_STANDALONE_DROPOUT"),)),
+    (r"(group|instance)_norm.*", (("standalone_group_norm",),)),
+    (r"batch_norm_resident.*", (("standalone_batch_norm", "-DFASTREG_STANDALONE_RESIDENT"),)),
+    (r"batch_norm.*|activation.*", (("standalone_batch_norm", "-DFASTREG_STANDALONE_STREAMING"),)),
+    (r".*", (("standalone",),)),
 )
 
 _FUNCTION = re.compile(
@@ -392,11 +461,12 @@ def output_of(program: Path) -> str:
     return ""
 
 
-def program_of(file: str, kernels: Path = build.ROOT / "csrc", sanitize: str = "") -> Path:
-    """The program that runs the kernels of a file, of all or changed ones, with the tracer or a sanitizer."""
-    name, *parts = next(program for expression, program in _PROGRAMS if expression.fullmatch(file))
-    few = ("-w", "-DFASTREG_STANDALONE_FEW", *parts)
-    return build.standalone(kernels, sanitize, trace=not sanitize, extra=few, name=name)
+def programs_of(file: str, kernels: Path = build.ROOT / "csrc", sanitize: str = "") -> Iterator[Path]:
+    """The programs that run the kernels of a file, of all or changed ones, with the tracer or a sanitizer."""
+    programs = next(programs for expression, programs in _PROGRAMS if re.fullmatch(expression, file))
+    for name, *parts in programs:
+        few = ("-w", "-DFASTREG_STANDALONE_FEW", *parts)
+        yield build.standalone(kernels, sanitize, trace=not sanitize, extra=few, name=name)
 
 
 def run(mutant: Mutant, sanitize: str = "") -> str:
@@ -407,7 +477,8 @@ def run(mutant: Mutant, sanitize: str = "") -> str:
         path = sources / "cuda" / mutant.file
         text = path.read_text()
         path.write_text(text[: mutant.start] + mutant.new + text[mutant.end :])
-        return output_of(program_of(mutant.file, sources, sanitize))
+        outputs = map(output_of, programs_of(mutant.file, sources, sanitize))
+        return next(filter(None, outputs), "")
 
 
 def check_that_found(output: str) -> str:

@@ -63,6 +63,8 @@ void run_case(const Case& current, const DeviceTraits& device) {
   row_scale.fill(random, 1.0, 0.25);
   layer_scale.fill(random, 1.0, 0.25);
   const Number seed(static_cast<int64_t>(seed_value)), limit(static_cast<int64_t>(threshold));
+  const bool dynamic = columns % 2 == 0;
+  const uint64_t given = dynamic ? threshold / 2 : threshold;  // with its scale; neither counts where one is read
 
   const Parameter weight_parameter{weight.data, DType::Float32};
   const Parameter layer_parameter{bare ? nullptr : layer_scale.data, DType::BFloat16};
@@ -71,9 +73,9 @@ void run_case(const Case& current, const DeviceTraits& device) {
       .layer_scale = layer_parameter,
       .scale_rows = divisor_of(2),
       .seed = bare ? nullptr : seed.data(),
-      .dynamic_threshold = columns % 2 == 0 ? limit.data() : nullptr,
-      .threshold = static_cast<int64_t>(threshold),
-      .scale = static_cast<float>(fastreg::keep_scale(threshold, fastreg::half_lane_count))};
+      .dynamic_threshold = dynamic ? limit.data() : nullptr,
+      .threshold = static_cast<int64_t>(given),
+      .scale = static_cast<float>(fastreg::keep_scale(given, fastreg::half_lane_count))};
 
   Matrix<Element> output(rows, columns);
   Matrix<Sum> sum(rows, columns);
