@@ -33,8 +33,8 @@ ALL_MUTANTS = mutants.mutants()
 SPECS = {"layer_norm": norms.LAYER_NORM, "rms_norm": norms.RMS_NORM}
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16", torch.float16: "__half"}
 
-# Kernels that have files of their own: test_cuda_sim_batch_norm.py, test_cuda_sim_group_norm.py and
-# test_cuda_sim_dropout.py.
+# Kernels that have files of their own: test_cuda_sim_batch_norm.py, test_cuda_sim_group_norm.py,
+# test_cuda_sim_dropout.py and test_cuda_sim_dropout_add_norm.py.
 OF_OTHER_FILES = ("batch_norm", "group_norm", "instance_norm", "dropout", "drop_block")
 
 TWO_OF_AN_H100 = Device(architecture=90, multiprocessors=2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from criterion import check
-from cuda_sim import backend, build, plans
+from cuda_sim import backend, build, mutants, plans
 from cuda_sim.backend import A100, H100, ORDERS, PART_OF_AN_A100, PART_OF_AN_H100, Device
 from dropout_add_norms import SEED, Branch, exact, make_tensors, run
 from fastreg import backends
@@ -341,3 +341,13 @@ def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str,
     assert finished.returncode == 0, finished.stdout + finished.stderr
     reached = {launch.kernel for launch in backend.parse_launches(finished.stdout)}
     assert {kernel for kernel in backend.kernels() if kernel.startswith("dropout_add_")} - reached == set()
+
+
+@pytest.mark.complete
+def test_kernels_are_clean_under_the_sanitizers() -> None:
+    few = ("-DFASTREG_STANDALONE_FEW",)
+    program = build.standalone(sanitize="address,undefined", extra=few, name="standalone_dropout_add_norm")
+    finished = subprocess.run(
+        [str(program), *mutants.SCHEDULES[1]], capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
