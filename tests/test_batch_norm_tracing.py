@@ -16,8 +16,8 @@ from channel_norms import BATCH_NORM, differentiated, forward_arguments
 from fastreg.functional import batch_norm
 from suite import make_tensors, plain_case, same_bits
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 each_phase = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 each_format = pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def test_kernels_are_clean_under_the_sanitizers() -> None:
     _output(build.standalone(sanitize="address,undefined", extra=few), *mutants.SCHEDULES[1])
 
 
+@pytest.mark.complete
 def test_the_sanitizers_see_a_missing_bound() -> None:
     name = "forward_kernel: no bound `row < arguments.rows`"
     (mutant,) = (mutant for mutant in ALL_MUTANTS if mutant.name == name)
@@ -263,6 +264,7 @@ def test_what_kernels_may_use(trace: bool, schedule: tuple[str, ...]) -> None:
     assert all(line.endswith(": ok") for line in lines), lines
 
 
+@pytest.mark.complete
 def test_ucontext_serves_where_there_is_no_assembly() -> None:
     _output(build.features(ucontext=True))
 

@@ -16,8 +16,8 @@ from distributed import Processes
 from fastreg import functional as F
 from suite import same_bits
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 SHAPE = (4, 6, 8, 8)
 

@@ -15,8 +15,8 @@ from group_norm_examples import KINDS, RUNNING, leaves_of, norm_of, tensors
 from group_norms import GROUP_NORM, INSTANCE_NORM
 from suite import make_tensors, plain_case, same_bits
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from group_norms import GROUP_NORM
 from specs import OWN_WAYS, ROW_NORMS
 from suite import OpSpec, check_case, make_tensors, plain_case, run, same_bits
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 each_spec = pytest.mark.parametrize("spec", OWN_WAYS, ids=lambda spec: spec.name)
 each_row_norm = pytest.mark.parametrize("spec", ROW_NORMS, ids=lambda spec: spec.name)

@@ -13,8 +13,8 @@ import torch
 import fastreg
 from module_examples import assert_same_state, input_of, randomised
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 SHAPES = {

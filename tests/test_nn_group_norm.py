@@ -14,8 +14,8 @@ import torch
 import fastreg
 from module_examples import assert_same_state, input_of, randomised
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 SHAPES = {
     "GroupNorm": [(3, 6), (2, 6, 7), (2, 6, 3, 5), (2, 6, 2, 3, 2)],

@@ -30,8 +30,8 @@ from fastreg.nn.sync_batch_norm import SyncBatchNorm, SyncBatchNormAct2d
 from fastreg.ops.sync_batch_norm import gather_moments, merge_moments, sync_batch_norm
 from suite import Tensors, make_tensors, same_bits, subsets
 
-# What is above the kernels is the same for every backend: those that are emulated have it in a complete run.
-pytestmark = pytest.mark.complete(backend=("triton", "cuda_sim"))
+# What is above the kernels is the same for every backend: the others have it in a complete run.
+pytestmark = pytest.mark.complete(backend=("reference", "triton", "cuda_sim"))
 
 F32, F64 = torch.float32, torch.float64
 

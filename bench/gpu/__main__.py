@@ -28,11 +28,13 @@ LIMIT = 510.0
 def _stages(text: str) -> list[str]:
     if text in ("", "all"):
         return list(STAGES)
-    if text not in STAGES:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no stage: expected {', '.join(STAGES)}, or nothing for all"
-        )
-    return [text]
+    chosen = text.split()
+    for each in chosen:
+        if each not in STAGES:
+            raise argparse.ArgumentTypeError(
+                f"{each!r} is no stage: expected {', '.join(STAGES)}, or nothing for all"
+            )
+    return chosen
 
 
 def _device(text: str) -> str:
