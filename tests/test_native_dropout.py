@@ -216,6 +216,22 @@ def test_gradients_with_a_layer_scale(
     assert bool(((grad_layer_scale.double() - total).abs() <= limit).all())
 
 
+@each_level
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("unit", [ELEMENT, CHANNEL, SAMPLE])
+def test_a_layer_scale_learns_nothing_of_what_is_dropped(unit: int, poison: float, level: str) -> None:
+    given = make((40, 9, 65), F32).nan_to_num(1.5, neginf=-1.5)
+    kept = native("dropout_fwd")(torch.ones_like(given), None, None, None, *mask(unit)) != 0
+    layer_scale, poisoned = torch.linspace(0.5, 2.0, 65), torch.where(kept, given, poison)
+    arguments = (None, layer_scale, *mask(unit), 0, [True, True])
+    with kernels_of(level):
+        clean = native("dropout_bwd")(like(given, F32), given, *arguments)
+        found = native("dropout_bwd")(like(given, F32), poisoned, *arguments)
+    for gradient, expected in zip(found, clean, strict=True):
+        assert bool(gradient.isfinite().all())
+        check_equal(gradient, expected)
+
+
 # --- threads and large outputs ----------------------------------------------------------------------------
 
 
@@ -303,6 +319,10 @@ REFUSED = {
     ),
     "a narrow residual": ({"residual": torch.ones(4, 6, 5).half()}, "residual must have input's dtype"),
     "a long row_scale": ({"row_scale": torch.ones(5)}, "row_scale must have the first dimensions"),
+    "a row_scale of elements beside a layer_scale": (
+        {"row_scale": torch.ones(4, 6, 5), "layer_scale": torch.ones(5)},
+        "row_scale must have the first dimensions of input's shape, without the last",
+    ),
     "a row_scale of doubles": (
         {"row_scale": torch.ones(4).double()},
         "row_scale is float64 but input is float32",

@@ -246,7 +246,9 @@ inline VectorView scale_view(const Tensor& tensor, int64_t elements, const Dense
   return view;
 }
 
-inline VectorView row_scale_view(const std::optional<Tensor>& tensor, const DenseView& input, const char* op) {
+// `whole_rows`: there is a layer_scale too, and one row has one row_scale.
+inline VectorView row_scale_view(const std::optional<Tensor>& tensor, bool whole_rows, const DenseView& input,
+                                 const char* op) {
   if (!tensor.has_value()) {
     return {};
   }
@@ -254,8 +256,8 @@ inline VectorView row_scale_view(const std::optional<Tensor>& tensor, const Dens
   int64_t* sizes = nullptr;
   check_call(aoti_torch_get_dim(tensor->get(), &dimensions), op, "read a dimension");
   check_call(aoti_torch_get_sizes(tensor->get(), &sizes), op, "read sizes");
-  if (dimensions > input.dimensions || !std::equal(sizes, sizes + dimensions, input.sizes)) {
-    fail(op, "row_scale must have the first dimensions of input's shape.");
+  if (dimensions > input.dimensions - (whole_rows ? 1 : 0) || !std::equal(sizes, sizes + dimensions, input.sizes)) {
+    fail(op, "row_scale must have the first dimensions of input's shape", whole_rows ? ", without the last." : ".");
   }
   const int64_t rows = std::accumulate(sizes, sizes + dimensions, int64_t{1}, std::multiplies<>());
   return scale_view(*tensor, rows, input, op, "row_scale");
@@ -279,7 +281,7 @@ struct [[gnu::visibility("hidden")]] Scales {
          const char* op)
       : layer(layer_scale_view(layer_scale, input, op)),
         row_count(elements_of(row_scale, op)),
-        row_values(row_scale_view(row_scale, input, op), row_count),
+        row_values(row_scale_view(row_scale, layer.given, input, op), row_count),
         layer_values(layer, input.last_size()) {}
 
   void give(Dropout& dropout) const {

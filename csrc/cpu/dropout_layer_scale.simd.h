@@ -39,13 +39,12 @@ FASTREG_INLINE void add_terms(const LayerScaleGradient& gradient, const RowPart&
   partial += part.column;
   for_columns<Scalar, 2>(part.count, [&](auto lanes, int64_t column, int) {
     const Vector<Scalar> dy = lanes.load(grad_output + column);
-    Vector<Scalar> terms = dy * row_scale * scale;
+    Vector<Scalar> terms = dy * row_scale * scale * lanes.load(input + column);
     LaneMask<Vector<Scalar>> kept{};
     if constexpr (masked) {
       kept = keep_mask<Vector<Scalar>>(keep + column);
       terms = select(kept, terms, Vector<Scalar>{});
     }
-    terms *= lanes.load(input + column);
     lanes.store(partial + column, lanes.load(partial + column) + terms);
     if constexpr (wants_input) {
       Vector<Scalar> dx = dy * (lanes.load(layer_scale + column) * row_scale) * scale;
