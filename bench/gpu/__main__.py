@@ -26,7 +26,7 @@ LIMIT = 510.0
 
 
 def _stages(text: str) -> list[str]:
-    if text in ("", "all"):
+    if text.strip() in ("", "all"):
         return list(STAGES)
     chosen = text.split()
     for each in chosen:
