@@ -30,6 +30,8 @@ BIN := $(VENV)/bin
 CMAKE := $(BIN)/cmake
 # Python compiles what it imports, a fraction of what is installed.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+# What it compiled is kept: the tests start many processes, and each would need four seconds more to import torch.
+unexport PYTHONDONTWRITEBYTECODE
 # NVIDIA's compiler from PyPI, where there is none.
 NVCC := $(if $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null),,$(VENV)/nvcc.txt)
 
