@@ -333,11 +333,8 @@ def test_every_plan_holds_its_rows_and_keeps_the_limits(device: Device) -> None:
 
 
 @pytest.mark.parametrize("schedule", TRACED_SCHEDULES)
-def test_kernels_race_with_nobody_and_read_what_was_written(
-    schedule: tuple[str, ...], request: pytest.FixtureRequest
-) -> None:
-    extra = () if request.config.getoption("--complete") else ("-DFASTREG_STANDALONE_FEW",)
-    program = build.standalone(trace=True, extra=extra, name="standalone_dropout_add_norm")
+def test_kernels_race_with_nobody_and_read_what_was_written(schedule: tuple[str, ...]) -> None:
+    program = build.standalone(trace=True, name="standalone_dropout_add_norm")
     finished = subprocess.run(
         [str(program), *schedule, "kernels"], capture_output=True, text=True, timeout=300
     )
