@@ -210,7 +210,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 # Backend -> test functions of which only every so many-th runs where a run is not complete: they take minutes. What is
-# left out on Triton's interpreter the other backends have; of the wrong ops, one of two.
+# left out of the op suites on Triton's interpreter the other backends have; of the bytes moved, which it alone counts,
+# and of the wrong ops, every second.
 _BY_TURNS = {
     "triton": {
         "test_case": 5,
