@@ -107,14 +107,14 @@ $(BACKENDS:%=test-%): test-%: native-cuda
 	@$(BIN)/python .ci/check_report.py $* build/tests/$*.xml
 
 # Triton's kernels once more, interpreted and compiled by the oldest Triton: of the op suites, since what lies above the
-# kernels knows no version of Triton, every eighth test, and all of them in a complete run. Either has to run every kernel.
+# kernels knows no version of Triton, every twelfth test, and all of them in a complete run. Either has to run every kernel.
 # --triton: by that one and no other.
 OP_SUITES := $(shell grep -lE '^class Test\w+\(\w+Suite\)' tests/test_*.py) \
   tests/test_conformance.py tests/test_dropout.py tests/test_drop_block.py
 WITH_OLDEST_TRITON = PYTHONPATH=$(abspath $(VENV)/oldest_triton) $(TEST) --triton $(OLDEST_TRITON)
 
 test-oldest_triton: native-cuda $(VENV)/oldest_triton.txt
-	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/8) --every-kernel \
+	$(WITH_OLDEST_TRITON) $(OP_SUITES) --backend triton $(if $(COMPLETE),,--shard 2/12) --every-kernel \
 	  --junit-xml build/tests/$@.xml
 	@$(BIN)/python .ci/check_report.py triton-oldest build/tests/$@.xml
 
