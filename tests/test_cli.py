@@ -330,6 +330,7 @@ def one_thread() -> Iterator[list[str]]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")  # panels without room
 def test_quick_demo_from_start_to_end(one_thread: list[str], tmp_path: Path) -> None:
     result = RUNNER.invoke(
         app, ["demo", "--quick", "--device", "cpu", "--output", str(tmp_path), *one_thread]

@@ -58,7 +58,7 @@ MODELS: dict[str, tuple[int, dict[str, int]]] = {
     "timm/convnextv2_atto": (42, {}),
     "timm/convnextv2_atto dropping": (53, {"drop path + add": 11}),
     "timm/vit_tiny_patch16_224": (75, {}),
-    "timm/vit_tiny_patch16_224 dropping": (97, {"drop path + add": 22}),
+    "timm/vit_tiny_patch16_224 dropping": (97, {"drop path + add": 11, "drop path + add + norm": 11}),
     "timm/resnet50_gn": (53, {"norm + relu": 33}),
     "timm/resnetv2_50": (50, {}),
 }
@@ -130,7 +130,7 @@ def test_a_converted_model_computes_what_it_did(path: str, layout: torch.memory_
     assert report.kept == []
     input = torch.randn(4, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=layout)
     _assert_the_same_but_for_masks(model, plain, input)
-    if "drop path + add" in merged:
+    if any(what.startswith("drop path + add") for what in merged):
         # Equal masks from the same state of the generator, fused or not.
         fastreg.convert(plain)
         _assert_the_same(model.train(), plain.train(), input)

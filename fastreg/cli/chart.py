@@ -44,19 +44,17 @@ _PROVIDER_COLOURS = {
 def draw(shown: Mapping[str, tuple[Training, Comparison]], document: dict[str, Any], path: Path) -> None:
     """Draw what the demo found, a row of panels for each network, and save it as a PNG."""
     with plt.rc_context(_STYLE):
-        rows = len(shown) + 1
+        kernels = _rows(document)
+        rows = len(shown) + len(kernels)
         figure = plt.figure(figsize=(14, 4.5 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
         figure.suptitle(f"fastreg demo · {summary.machine_line(document)}", fontsize=11, x=0.01, ha="left")
-        parts: Any = figure.subfigures(rows, 1, height_ratios=(*(1,) * len(shown), 1.1))
-        bottom = parts[-1]
-        for part, (network, found) in zip(parts, shown.items(), strict=False):
-            _network(part, network, *found)
-        calls = dict.fromkeys(record["op"] for record in document["cases"])
-        panels = bottom.subplots(1, len(calls), sharey=True)
-        _kernels(panels, document)
-        bottom.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False
+        parts: Any = figure.subfigures(
+            rows, 1, squeeze=False, height_ratios=[1.0] * len(shown) + [1.1] * len(kernels)
         )
+        for part, (network, found) in zip(parts[:, 0], shown.items(), strict=False):
+            _network(part, network, *found)
+        for part, panels in zip(parts[len(shown) :, 0], kernels, strict=True):
+            _kernels(part, panels, summary.timed_providers(document))
         figure.savefig(path, dpi=120)
         plt.close(figure)
 
@@ -127,16 +125,32 @@ def _pair(axes: Axes, title: str, unit: str, figures: dict[str, dict[str, float]
 
 
 def _caption(record: dict[str, Any]) -> str:
-    shape = " x ".join(map(str, record["shape"]))
+    shape = "×".join(map(str, record["shape"]))
     return "\n".join(filter(None, (record["dtype"], record["layout"], shape)))
 
 
-def _kernels(panels: Any, document: dict[str, Any]) -> None:
-    """GB/s of every provider, forward+backward, a panel an op; the copy as a line over each group."""
+def _rows(document: dict[str, Any]) -> list[list[list[dict[str, Any]]]]:
+    """Rows of panels, a panel an op, of the cases forward+backward: as many in a row as its captions leave room for."""
+    rows: list[list[list[dict[str, Any]]]] = []
+    room = 0
     records = [record for record in document["cases"] if record["direction"] == BOTH]
-    providers = summary.timed_providers(document)
-    for axes, op in zip(panels, dict.fromkeys(record["op"] for record in records), strict=True):
-        chosen = [record for record in records if record["op"] == op]
+    for op in dict.fromkeys(record["op"] for record in records):
+        panel = [record for record in records if record["op"] == op]
+        # A panel of one case is as wide as two, for its title.
+        width = max(2, len(panel))
+        if width > room:
+            rows.append([])
+            room = 12
+        rows[-1].append(panel)
+        room -= width
+    return rows
+
+
+def _kernels(part: Any, panels: list[list[dict[str, Any]]], providers: list[str]) -> None:
+    """GB/s of every provider; the copy as a line over each group."""
+    widths = [max(2, len(panel)) for panel in panels]
+    all_axes = part.subplots(1, len(panels), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, chosen in zip(all_axes, panels, strict=True):
         width = 0.84 / len(providers)
         for offset, name in enumerate(providers):
             heights = [record["providers"].get(name, {}).get("gigabytes_per_second", 0) for record in chosen]
@@ -145,13 +159,13 @@ def _kernels(panels: Any, document: dict[str, Any]) -> None:
                 places, heights, width * 0.94, color=_PROVIDER_COLOURS.get(name, "#30638e"), label=label(name)
             )
             axes.bar_label(
-                bars, fmt=lambda value: summary.number(value, 2) if value else "", fontsize=8, padding=1
+                bars, fmt=lambda value: summary.number(value, 2) if value else "", fontsize=7, padding=1
             )
         for index, record in enumerate(chosen):
             rate = record["copy"]["gigabytes_per_second"]
             caption = "copy of the input, same rounds" if index == 0 else None
             axes.hlines(rate, index - 0.44, index + 0.44, color="black", linewidth=1.2, label=caption)
-        axes.set_xticks(range(len(chosen)), [_caption(record) for record in chosen])
-        axes.set(
-            title=f"{call_name(chosen[0])}, forward+backward", ylabel="GB/s (the op's minimum traffic / time)"
-        )
+        axes.set_xticks(range(len(chosen)), [_caption(record) for record in chosen], fontsize=7)
+        axes.set_title(call_name(chosen[0]), fontsize=9)
+    all_axes[0].set_ylabel("GB/s, forward+backward\n(the op's minimum traffic / time)")
+    part.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
